@@ -1,0 +1,114 @@
+"""Everything that knows of more than one process: set-up, rank 0, reductions.
+
+torchrun sets RANK, LOCAL_RANK and WORLD_SIZE. Without it nothing is set up: every call still works, and the
+reductions return what they got. Nobody else but the saving of checkpoints asks for rank 0, by `is_main`.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+TIMEOUT = timedelta(hours=1)  # ours: rank 0 may index a large archive or fetch weights while the others wait
+
+
+def init(device: str = "auto") -> torch.device:
+    """Join the process group if torchrun started several processes; return this process's device.
+
+    device: cpu, cuda (GPU number LOCAL_RANK), mps (one process only), auto (cuda if there is one, else cpu).
+    Backend: nccl on cuda, else gloo. Raises ValueError if there is no such device.
+    """
+    several, local = int(os.environ.get("WORLD_SIZE", 1)) > 1, int(os.environ.get("LOCAL_RANK", 0))
+    gpus = torch.cuda.device_count()
+    usable = {"cpu": True, "cuda": local < gpus, "mps": torch.backends.mps.is_available() and not several}
+    if device == "auto":
+        device = "cuda" if gpus else "cpu"
+    if not usable.get(device, False):
+        names = ", ".join(["auto"] + [name for name in usable if usable[name]])
+        raise ValueError(f"no device {device!r} for local process {local} ({gpus} GPUs); choose {names}")
+    chosen = torch.device(device, local) if device == "cuda" else torch.device(device)
+    if device == "cuda":
+        torch.cuda.set_device(chosen)
+    if several:
+        backend, device_id = ("nccl", chosen) if device == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id)
+    return chosen
+
+
+def cleanup() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def print0(*args: Any) -> None:
+    """print() on rank 0 alone, above a tqdm bar instead of through it."""
+    if is_main():
+        tqdm.write(" ".join(map(str, args)))
+        sys.stdout.flush()  # in a pipe the log should not lag behind the bar
+
+
+# ------------------------------------------------------------------------------------------------------------
+# collectives: every process must make the same calls in the same order
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def sum_(tensor: Tensor) -> Tensor:
+    """Sum over processes, in place; returns the tensor."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def mean(tensor: Tensor) -> Tensor:
+    """Mean over processes, a new tensor without gradient; where shards differ in size, use sums."""
+    return sum_(tensor.detach().clone()) / world_size()
+
+
+def broadcast_object(obj: Any) -> Any:
+    """Rank 0's object, on every process; anything that can be pickled."""
+    box = [obj]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def main_first(fn: Callable[[], Any]) -> Any:
+    """fn() on rank 0, then on all others: for what one process fetches or indexes and the rest find done.
+
+    If rank 0 raises, the others do not call fn and raise the same text, as a ValueError or OSError if it was
+    one, else as a RuntimeError: nobody waits for a process that gave up.
+    """
+    if is_main():
+        try:
+            result = fn()
+        except Exception as error:
+            kind = next((k for k in (ValueError, OSError) if isinstance(error, k)), RuntimeError)
+            broadcast_object(kind(str(error)))
+            raise
+        broadcast_object(None)
+        return result
+    if (error := broadcast_object(None)) is not None:
+        raise error
+    return fn()
