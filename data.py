@@ -1,0 +1,487 @@
+"""Images in: folders, archives and synthetic pictures; decoding, cropping, the order of samples, loaders.
+
+`open_source` lists the images behind a --data value and `load_rgb` decodes one; `TrainSet` and `ValSet` make
+uint8 tensors of them, the loaders make batches, and `to_float` is the one door to [-1, 1].
+
+No random state lives here. Sample k of a run (k = step * global batch + row) is a pure function of (seed, k):
+its place in the epoch's permutation, scale, crop and flip. So the step alone resumes a run, and 1, 2 or 4
+processes with the same global batch see the same samples. A broken file gives way to another by this rule.
+"""
+
+import copy
+import glob
+import hashlib
+import io
+import os
+import re
+import signal
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from synthetic import dead_leaves
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")    # in any case: ImageNet has .JPEG
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")    # by content: one .JPEG of ImageNet is a PNG
+MAX_PIXELS = 89_478_485    # above it: a decompression bomb; Pillow's limit, at which it only warns
+MAX_TRIES = 100            # broken files in a row before training ends
+ORDER, CROP = 1, 2         # tags that keep the random streams of one seed apart
+
+
+class BrokenImage(ValueError):
+    """A file that cannot be used as an image; the message says why in one line."""
+
+
+# ---- one image ---------------------------------------------------------------------------------------------
+
+
+def load_rgb(file: str | Path | BinaryIO | bytes) -> Image.Image:
+    """Decode an image to 8-bit RGB, the same way for training and evaluation.
+
+    8-bit RGB stays as it is; grey, palette and CMYK are converted; 16-bit grey is divided by 257; alpha is
+    laid over white. EXIF orientation is ignored, as it is in the published ImageNet protocols.
+    Raises BrokenImage for whatever cannot be decoded, truncated files and decompression bombs among them.
+    """
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
+            return _to_rgb(image)
+    except UnidentifiedImageError as error:    # its own message is a memory address
+        raise BrokenImage(f"not one of {', '.join(FORMATS)}") from error
+    except Exception as error:    # on damaged bytes Pillow's decoders raise nearly every type
+        raise BrokenImage(" ".join(str(error).split()) or repr(error)) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} is more than {MAX_PIXELS} pixels")
+    if image.mode == "F":
+        raise ValueError("float pixels have no fixed range; store 8 or 16 bits")
+    if image.mode.startswith("I"):
+        grey = np.asarray(image)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError(f"pixels {grey.min()}..{grey.max()} are not 16-bit; store 8 or 16 bits")
+        image = Image.fromarray(np.round(grey / 257).astype(np.uint8))    # Pillow alone would clip at 255
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _resize(image: Image.Image, side: int) -> Image.Image:
+    """Short side to `side`, long side to int(side * long / short) as torchvision has it; PIL bicubic."""
+    width, height = image.size
+    size = (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
+    if size[0] * size[1] > MAX_PIXELS:
+        raise BrokenImage(f"{width} x {height} is too thin a strip, {size[0]} x {size[1]} when resized")
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def val_transform(image: Image.Image, res: int) -> Image.Image:
+    """PIL bicubic to short side `res`, central res x res; equals torchvision's Resize and CenterCrop."""
+    image = _resize(image, res)
+    left, top = round((image.width - res) / 2), round((image.height - res) / 2)
+    return image.crop((left, top, left + res, top + res))
+
+
+def train_transform(image: Image.Image, res: int, side: int, flip: bool, rng: np.random.Generator
+                    ) -> Image.Image:
+    """PIL bicubic to short side `side` >= res, random res x res crop, with `flip` mirrored half the time."""
+    image = _resize(image, side)
+    left, top = int(rng.integers(image.width - res + 1)), int(rng.integers(image.height - res + 1))
+    image = image.crop((left, top, left + res, top + res))
+    return ImageOps.mirror(image) if flip and rng.random() < 0.5 else image
+
+
+def to_tensor(image: Image.Image, channels: int = 3) -> Tensor:
+    """PIL RGB -> uint8 (channels, H, W), 3 or 1 (BT.601 luma); raises ValueError on other channels."""
+    if channels not in (1, 3):
+        raise ValueError(f"images have 1 (grey) or 3 (RGB) channels, not {channels}")
+    pixels = np.array(image if channels == 3 else image.convert("L"))    # a copy: PIL's memory is read-only
+    pixels = pixels.reshape(image.height, image.width, channels)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 0..255 -> the model's float32 x in [-1, 1]; raises ValueError on any other dtype."""
+    if images.dtype != torch.uint8:    # scaled twice, pictures come out washed-out
+        raise ValueError(f"images are {images.dtype}, not uint8 0..255")
+    return images.float() / 127.5 - 1
+
+
+# ---- sources: where images come from -----------------------------------------------------------------------
+
+
+class FileSource:
+    """Images in folders and archives as one flat list, read in any order.
+
+    roots: (folder, archive in it or ""); entries: (root number, name, offset, size), offset -1 for a file.
+    They are kept in two arrays, since forked workers copy a list of strings as soon as they touch it: the
+    1.28M files of ImageNet take 70 MB once. No file stays open: workers may fork or spawn, tars may be many.
+    """
+
+    def __init__(self, spec: str, roots: Sequence[tuple[str, str]],
+                 entries: Sequence[tuple[int, str, int, int]]):
+        self.spec, self.roots = spec, roots
+        self.names = np.array([os.fsencode(name) for _, name, _, _ in entries])
+        self.table = np.array([(root, offset, size) for root, _, offset, size in entries])
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def select(self, indices: Sequence[int]) -> "FileSource":
+        """A source of these images only."""
+        view = copy.copy(self)
+        view.names, view.table = self.names[indices], self.table[indices]
+        return view
+
+    def name(self, i: int) -> str:
+        """What image i is called wherever the data lies: its path in its folder, or archive/path."""
+        return os.path.join(self.roots[self.table[i, 0]][1], os.fsdecode(self.names[i]))
+
+    def path(self, i: int) -> str:
+        """Where image i is, for messages."""
+        return os.path.join(self.roots[self.table[i, 0]][0], self.name(i))
+
+    def read(self, i: int, side: int) -> Image.Image:
+        """Image i as RGB in its own size (`side` is for pictures made to measure); raises BrokenImage."""
+        root, offset, size = self.table[i].tolist()
+        try:
+            if offset < 0:
+                data = Path(self.path(i)).read_bytes()
+            else:
+                data = _read_member(os.path.join(*self.roots[root]), offset, size)
+        except (OSError, zlib.error) as error:
+            raise BrokenImage(getattr(error, "strerror", None) or str(error)) from error
+        return load_rgb(data)
+
+
+class SyntheticSource:
+    """Dead-leaves images (synthetic.py): image i is a pure function of (seed, i) and the side asked for."""
+
+    spec = "synthetic"
+
+    def __init__(self, seed: int = 0, count: int = 1_000_000):
+        self.seed, self.count = seed, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def name(self, i: int) -> str:
+        """What image i is called, also in messages."""
+        return f"synthetic/{self.seed}/{i}"
+
+    path = name
+
+    def read(self, i: int, side: int) -> Image.Image:
+        """Image i, side x side."""
+        return Image.fromarray(dead_leaves(self.seed, i, side))
+
+
+Source = FileSource | SyntheticSource
+
+
+def open_source(spec: str, held_out: bool = False) -> Source:
+    """The images behind a --data value: folders at any depth, image files, .tar, .zip; commas join several.
+
+    Takes globs and ranges such as train-{0000..0252}.tar; the word synthetic stands for dead-leaves images,
+    with held_out for those that are never trained on. Raises ValueError, one line, when something is missing,
+    damaged, or holds no image.
+    """
+    if spec == "synthetic":
+        return SyntheticSource(seed=1 if held_out else 0)
+    roots: dict[tuple[str, str], int] = {}
+    entries: list[tuple[int, str, int, int]] = []
+    try:
+        for path in _expand(spec):
+            root, members = _index(path)
+            number = roots.setdefault(root, len(roots))
+            entries += [(number, *member) for member in sorted(members)]
+    except OSError as error:
+        raise ValueError(f"data source {spec!r}: {error.strerror}: {error.filename!r}") from error
+    except (ValueError, tarfile.TarError, zipfile.BadZipFile) as error:
+        raise ValueError(f"data source {spec!r}: {error}") from error
+    if not entries:
+        raise ValueError(f"data source {spec!r} holds no image ({' '.join(EXTENSIONS)}); archives in a "
+                         "folder are given as folder/*.tar, and synthetic needs no files")
+    return FileSource(spec, list(roots), entries)
+
+
+def _expand(spec: str) -> list[str]:
+    """Split at commas, count through ranges, then glob; what exists under its literal name is left alone."""
+    paths = []
+    for part in [spec] if os.path.exists(spec) else spec.split(","):
+        for pattern in _expand_ranges(os.path.expanduser(part.strip())):
+            found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+            if not found:
+                raise ValueError(f"no {pattern!r}; give folders, images, .tar, .zip, or synthetic alone")
+            paths += found
+    return paths
+
+
+def _expand_ranges(pattern: str) -> list[str]:
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if os.path.exists(pattern) or not match:
+        return [pattern]
+    head, tail = pattern[:match.start()], pattern[match.end():]
+    numbers = range(int(match[1]), int(match[2]) + 1)
+    return [path for n in numbers for path in _expand_ranges(f"{head}{n:0{len(match[1])}}{tail}")]
+
+
+def _index(path: str) -> tuple[tuple[str, str], list[tuple[str, int, int]]]:
+    """The root (folder, archive) and its images (name, offset, size)."""
+    if os.path.isdir(path):
+        return (path, ""), _index_folder(path)
+    if path.lower().endswith(".tar"):
+        return os.path.split(path), _index_tar(path)
+    if path.lower().endswith(".zip"):
+        return os.path.split(path), _index_zip(path)
+    if path.lower().endswith(EXTENSIONS):
+        return (os.path.dirname(path), ""), [(os.path.basename(path), -1, 0)]
+    raise ValueError(f"{path!r} is no folder, .tar, .zip or image ({' '.join(EXTENSIONS)})")
+
+
+def _is_image(name: str) -> bool:
+    """By extension; hidden files and what hidden folders hold (.Trash, ._x.jpg of macOS) are not meant."""
+    return name.lower().endswith(EXTENSIONS) and not re.search(r"(^|/)\.[^/.]", name)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _index_folder(root: str) -> list[tuple[str, int, int]]:
+    members, seen = [], set()
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=_raise):
+        real = os.path.realpath(folder)
+        if real in seen:    # a link to a folder above would lead in circles
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        names = [os.path.join(folder[len(root):].strip("/"), file) for file in files]
+        members += [(name, -1, 0) for name in names if _is_image(name)]
+    return members
+
+
+def _index_tar(path: str) -> list[tuple[str, int, int]]:
+    members = []
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            if member.isfile() and _is_image(member.name):
+                members.append((member.name, member.offset_data, member.size))
+            tar.members.clear()    # or it keeps 1 kB on each
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):    # tarfile takes a damaged header for the end
+            raise ValueError(f"{path!r} is damaged at byte {tar.offset}; fetch or make it again")
+    return members
+
+
+def _index_zip(path: str) -> list[tuple[str, int, int]]:
+    with zipfile.ZipFile(path) as archive:
+        members = [member for member in archive.infolist() if _is_image(member.filename)]
+    for member in members:
+        if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{path!r}: {member.filename!r} is encrypted or not deflated; zip it again")
+    return [(member.filename, member.header_offset, member.compress_size) for member in members]
+
+
+def _read_member(archive: str, offset: int, size: int) -> bytes:
+    """Bytes of a tar or zip member, without a ZipFile, which takes 1 kB per member in each worker."""
+    with open(archive, "rb") as file:
+        file.seek(offset)
+        if archive.lower().endswith(".tar"):
+            return file.read(size)
+        header = file.read(30)    # zip's local header: compression, lengths of the name and of an extra field
+        method, name, extra = (int.from_bytes(header[at:at + 2], "little") for at in (8, 26, 28))
+        file.seek(name + extra, os.SEEK_CUR)
+        data = file.read(size)
+        return zlib.decompress(data, -zlib.MAX_WBITS) if method == zipfile.ZIP_DEFLATED else data
+
+
+# ---- what to train and validate on -------------------------------------------------------------------------
+
+
+def split_val(source: Source, n: int = 256) -> tuple[Source, Source]:
+    """Hold n images out of training -> (train, val): those of smallest name hash, however they are listed.
+
+    A source of fewer than 4n images gives a quarter, but at least one; raises ValueError if it has but one.
+    """
+    if isinstance(source, SyntheticSource):
+        return source, open_source("synthetic", held_out=True)
+    if len(source) == 1:
+        raise ValueError(f"data source {source.spec!r} is one image, none to hold out; give --val-data")
+    names = [os.fsencode(source.name(i)) for i in range(len(source))]
+    hashes = [hashlib.blake2b(name, digest_size=8).digest() for name in names]
+    order = sorted(range(len(source)), key=hashes.__getitem__)
+    n = max(1, min(n, len(source) // 4))
+    return source.select(sorted(order[n:])), source.select(sorted(order[:n]))
+
+
+def default_train_spec() -> str:
+    """$IMAGENET/train, else datasets/imagenet/train; raises ValueError if neither is there."""
+    return _imagenet("train", "--data synthetic (needs no files) or --data with any folder of images")
+
+
+def imagenet_val_spec() -> str:
+    """$IMAGENET/val, else datasets/imagenet/val; raises ValueError if neither is there."""
+    return _imagenet("val", "--imagenet-val DIR")
+
+
+def _imagenet(split: str, third_way: str) -> str:
+    roots = [root for root in (os.environ.get("IMAGENET"), "datasets/imagenet") if root]
+    folders = [os.path.join(root, split) for root in roots]
+    for folder in folders:
+        if os.path.isdir(folder):
+            return folder
+    raise ValueError(f"no folder {' or '.join(folders)}; set IMAGENET to the folder that holds {split}/, "
+                     f"link it to datasets/imagenet, or give {third_way}")
+
+
+def default_val_spec(train_spec: str) -> str | None:
+    """The folder val or validation beside a folder named train; None if there is none."""
+    train = Path(train_spec)
+    beside = [train.with_name(name) for name in ("val", "validation")] if train.name == "train" else []
+    return next((str(folder) for folder in beside if folder.is_dir()), None)
+
+
+# ---- sets: numbered samples --------------------------------------------------------------------------------
+
+
+class TrainSet(Dataset):
+    """Training samples, numbered 0, 1, 2, ... over the whole run, each a pure function of (seed, number).
+
+    rescale: (lo, hi), the short side is uniform in [lo * res, hi * res] before the res x res crop.
+    Item: (uint8 (channels, res, res), messages on the broken files that gave way to it). Raises ValueError on
+    a rescale below 1, and when MAX_TRIES files in a row are broken.
+    """
+
+    def __init__(self, source: Source, res: int, seed: int, rescale: tuple[float, float] = (1, 1),
+                 flip: bool = True, channels: int = 3):
+        if not 1 <= rescale[0] <= rescale[1]:
+            raise ValueError(f"rescale is {rescale[0]} {rescale[1]}, but must be 1 <= low <= high")
+        self.source, self.res, self.seed, self.flip, self.channels = source, res, seed, flip, channels
+        self.sides = round(res * rescale[0]), round(res * rescale[1])
+        self._order = -1, np.empty(0, dtype=np.int64)    # the last epoch asked for and its permutation
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The permutation in which an epoch goes through the source."""
+        if self._order[0] != epoch:
+            rng = np.random.default_rng([self.seed, epoch, ORDER])
+            self._order = epoch, rng.permutation(len(self.source))
+        return self._order[1]
+
+    def _sample(self, index: int, k: int) -> Tensor:
+        rng = np.random.default_rng([self.seed, k, CROP])
+        side = int(rng.integers(self.sides[0], self.sides[1] + 1))
+        image = train_transform(self.source.read(index, side), self.res, side, self.flip, rng)
+        return to_tensor(image, self.channels)
+
+    def __getitem__(self, k: int) -> tuple[Tensor, tuple[str, ...]]:
+        epoch, position = divmod(k, len(self.source))
+        order, broken = self.order(epoch), []
+        for attempt in range(min(MAX_TRIES, len(order))):
+            index = int(order[(position + attempt) % len(order)])
+            try:
+                return self._sample(index, k), tuple(broken)
+            except BrokenImage as error:
+                broken.append(f"{self.source.path(index)}: {error}")
+        raise ValueError(f"data source {self.source.spec!r}: {len(broken)} broken images in a row, the last "
+                         f"is {broken[-1]}; repair them or give other data")
+
+
+class ValSet(Dataset):
+    """Validation images, the same in every run; with a limit, that many spread evenly over the source.
+
+    Item: (uint8 (channels, res, res), ()). A broken file is not replaced, as another image would count twice:
+    its item is (None, (message,)), which `collate` leaves out, and the metrics are over one image fewer.
+    """
+
+    def __init__(self, source: Source, res: int, limit: int | None = None, channels: int = 3):
+        self.source, self.res, self.channels = source, res, channels
+        self.count = min(len(source), limit or len(source))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> tuple[Tensor | None, tuple[str, ...]]:
+        index = i * len(self.source) // self.count
+        try:
+            image = val_transform(self.source.read(index, self.res), self.res)
+        except BrokenImage as error:
+            return None, (f"{self.source.path(index)}: {error}",)
+        return to_tensor(image, self.channels), ()
+
+
+# ---- batches -----------------------------------------------------------------------------------------------
+
+
+class GlobalBatchSampler(Sampler):
+    """The sample numbers of one process, a list per micro-batch, for steps start_step .. steps - 1.
+
+    Step s is samples s * G .. (s + 1) * G - 1, G = batch_size * accumulate * world, whoever works on them.
+    """
+
+    def __init__(self, batch_size: int, accumulate: int, rank: int, world: int, start_step: int, steps: int):
+        self.batch_size, self.accumulate, self.rank, self.world = batch_size, accumulate, rank, world
+        self.start_step, self.steps = start_step, steps
+
+    def rows(self, micro: int) -> slice:
+        """The rows of the global batch that this process has in a micro-batch; noise is cut alike."""
+        first = (micro * self.world + self.rank) * self.batch_size
+        return slice(first, first + self.batch_size)
+
+    def __len__(self) -> int:
+        return max(0, self.steps - self.start_step) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[int]]:
+        global_batch = self.batch_size * self.accumulate * self.world
+        for step in range(self.start_step, self.steps):
+            samples = range(step * global_batch, (step + 1) * global_batch)
+            for micro in range(self.accumulate):
+                yield list(samples[self.rows(micro)])
+
+
+def collate(items: Sequence[tuple[Tensor | None, tuple[str, ...]]]) -> tuple[Tensor, list[str]]:
+    """Items -> (uint8 (B, C, res, res), messages on broken files); len(batch) is 0 if no image is good."""
+    images = [image for image, _ in items if image is not None]
+    batch = torch.stack(images) if images else torch.empty(0, dtype=torch.uint8)
+    return batch, [message for _, broken in items for message in broken]
+
+
+def _start_worker(worker: int) -> None:
+    """Ctrl-C and preemption notices reach every process of the group, but only the trainer answers them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def _loader(dataset: Dataset, num_workers: int, device: torch.device | str, **batching) -> DataLoader:
+    """Workers run on one torch thread each, which is torch's own rule."""
+    return DataLoader(dataset, num_workers=num_workers, collate_fn=collate, worker_init_fn=_start_worker,
+                      pin_memory=torch.device(device).type == "cuda", persistent_workers=num_workers > 0,
+                      prefetch_factor=4 if num_workers else None, **batching)
+
+
+def train_loader(train_set: TrainSet, batches: GlobalBatchSampler, num_workers: int,
+                 device: torch.device | str) -> DataLoader:
+    """Batches as `collate` returns them, one per list of `batches`.
+
+    Reads sample 0 at once: data without one good image raises ValueError here and not in a worker.
+    """
+    train_set[0]
+    return _loader(train_set, num_workers, device, batch_sampler=batches)
+
+
+def val_loader(val_set: ValSet, batch_size: int, num_workers: int, device: torch.device | str, rank: int,
+               world: int) -> DataLoader:
+    """Batches of every world-th image from `rank` on, unpadded: over all ranks each image is seen once."""
+    shard = range(rank, len(val_set), world)
+    return _loader(val_set, num_workers, device, batch_size=batch_size, sampler=shard)
