@@ -35,6 +35,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")    # by content: one .JPEG of I
 MAX_PIXELS = 89_478_485    # above it: a decompression bomb; Pillow's limit, at which it only warns
 MAX_TRIES = 100            # broken files in a row before training ends
 ORDER, CROP = 1, 2         # tags that keep the random streams of one seed apart
+HELD_OUT = 1               # seed of the synthetic images to validate on; 0 is trained on
 
 
 class BrokenImage(ValueError):
@@ -197,7 +198,7 @@ def open_source(spec: str, held_out: bool = False) -> Source:
     damaged, or holds no image.
     """
     if spec == "synthetic":
-        return SyntheticSource(seed=1 if held_out else 0)
+        return SyntheticSource(HELD_OUT if held_out else 0)
     roots: dict[tuple[str, str], int] = {}
     entries: list[tuple[int, str, int, int]] = []
     try:
@@ -316,7 +317,7 @@ def split_val(source: Source, n: int = 256) -> tuple[Source, Source]:
     A source of fewer than 4n images gives a quarter, but at least one; raises ValueError if it has but one.
     """
     if isinstance(source, SyntheticSource):
-        return source, open_source("synthetic", held_out=True)
+        return source, SyntheticSource(HELD_OUT, n)
     if len(source) == 1:
         raise ValueError(f"data source {source.spec!r} is one image, none to hold out; give --val-data")
     names = [os.fsencode(source.name(i)) for i in range(len(source))]

@@ -459,6 +459,7 @@ def test_synthetic_source_is_pure_and_split():
     assert train.read(5, 32).size == (32, 32)
     assert contents(train, 32) == contents(open_source("synthetic"), 32)
     assert len(set(contents(train, 32) + contents(val, 32))) == 104
+    assert contents(val, 32) == contents(open_source("synthetic", held_out=True), 32)[:4]
     image, broken = TrainSet(train, 32, 0, rescale=(1, 2))[7]
     assert image.shape == (3, 32, 32) and broken == ()
 
