@@ -1,0 +1,30 @@
+# On a fresh machine these two are enough; the first one also installs (Python 3.11 or newer, about 5 GB).
+#   make demo   train a small LiteVAE on generated images, score it, draw out/demo/reconstruction.png
+#   make test   every test, on the CPU
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO_FLAGS ?=
+
+.PHONY: demo test lint
+
+demo: .venv/installed
+	rm -rf out/demo
+	$(BIN)/python train.py @recipes/demo.args $(DEMO_FLAGS)
+	$(BIN)/python eval.py out/demo/ckpt.pt --data synthetic --limit 64 --res 128 \
+	    --json out/demo/scores.json --grid out/demo/reconstruction.png
+	@echo "wrote out/demo/reconstruction.png"
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
