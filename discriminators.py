@@ -1,0 +1,186 @@
+"""PatchGAN (Isola et al. 2017, as in taming) and the U-Net discriminator (Schonfeld et al. 2020).
+
+Every discriminator maps images (B, C, H, W) in [-1, 1] to a tuple of logit tensors, one per head, so that
+the losses treat them alike.
+
+What differs from the published nets. U-Net: one network for every size. It is the published layout for 256
+(stride 64) without the linear layer that it builds and never uses; the image head pools by 16 x mean
+instead of a sum, which is equal at 256 and keeps the logit's scale elsewhere; the power iteration of the
+spectral norm runs when `update_spectral_norm` is called (once per discriminator step), not in every forward
+pass. PatchGAN: nothing; its batch norm statistics are those of each process.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ----------------------------------------------------------------------------
+# PatchGAN
+
+
+class PatchGAN(nn.Module):
+    """70x70 patch discriminator with batch norm: (B, C, H, W) -> ((B, 1, H/8 - 2, W/8 - 2),).
+
+    Real and fake images belong in separate calls: each call has its own batch statistics, those of one
+    process.
+    """
+
+    stride = 8
+    min_size = 32
+
+    def __init__(self, in_channels: int = 3, width: int = 64) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(in_channels, width, 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+            *self.block(width, 2 * width, stride=2),
+            *self.block(2 * width, 4 * width, stride=2),
+            *self.block(4 * width, 8 * width, stride=1),
+            nn.Conv2d(8 * width, 1, 4, padding=1),
+        )
+        self.apply(self.init_weights)
+
+    @staticmethod
+    def block(in_channels: int, out_channels: int, stride: int) -> tuple[nn.Module, ...]:
+        conv = nn.Conv2d(in_channels, out_channels, 4, stride=stride, padding=1, bias=False)
+        return conv, nn.BatchNorm2d(out_channels), nn.LeakyReLU(0.2)
+
+    @staticmethod
+    def init_weights(module: nn.Module) -> None:
+        """taming's: conv weights N(0, 0.02), batch norm weights N(1, 0.02), conv biases torch's default."""
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, 0.0, 0.02)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1.0, 0.02)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (self.layers(x),)
+
+
+# ----------------------------------------------------------------------------
+# U-Net discriminator
+
+
+class SpectralConv2d(nn.Conv2d):
+    """Convolution with weight W / sigma(W), sigma the largest singular value of W as a matrix (out, in k k).
+
+    sigma = u' W v, where one power iteration per call of `power_iteration` tracks u and v; the forward pass
+    changes no state, so it may run any number of times per step. Orthogonal init, so sigma starts exact.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+        nn.init.orthogonal_(self.weight)
+        self.register_buffer("u", F.normalize(torch.randn(out_channels), dim=0))
+        self.register_buffer("v", torch.zeros(self.weight[0].numel()))
+        self.power_iteration()
+
+    @torch.no_grad()
+    def power_iteration(self) -> None:
+        matrix = self.weight.flatten(1)
+        self.v.copy_(F.normalize(matrix.mT @ self.u, dim=0))
+        self.u.copy_(F.normalize(matrix @ self.v, dim=0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # elementwise, not u @ W @ v: autocast would round a matrix product to bf16
+        sigma = (self.u[:, None] * self.weight.flatten(1) * self.v).sum()
+        return F.conv2d(x, self.weight / sigma, self.bias, padding=self.padding)
+
+
+def update_spectral_norm(disc: nn.Module) -> None:
+    """One power iteration in every SpectralConv2d of `disc`; depends on the weights alone, so ranks agree."""
+    for module in disc.modules():
+        if isinstance(module, SpectralConv2d):
+            module.power_iteration()
+
+
+class DownBlock(nn.Module):
+    """Residual block and pooling: (B, C, H, W) -> (B, C', H/2, W/2); the first has no leading ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, first: bool) -> None:
+        super().__init__()
+        self.first = first
+        self.conv1 = SpectralConv2d(in_channels, out_channels, 3)
+        self.conv2 = SpectralConv2d(out_channels, out_channels, 3)
+        self.skip = SpectralConv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(x if self.first else F.relu(x))
+        h = self.conv2(F.relu(h))
+        # pooling and a 1x1 convolution commute, so pooling first saves work and equals the published order
+        return F.avg_pool2d(h, 2) + self.skip(F.avg_pool2d(x, 2))
+
+
+class UpBlock(nn.Module):
+    """Residual block after nearest upsampling: (B, C, H, W) -> (B, C', 2H, 2W)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv1 = SpectralConv2d(in_channels, out_channels, 3)
+        self.conv2 = SpectralConv2d(out_channels, out_channels, 3)
+        self.skip = SpectralConv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.interpolate(F.relu(x), scale_factor=2.0))
+        h = self.conv2(F.relu(h))
+        return h + F.interpolate(self.skip(x), scale_factor=2.0)
+
+
+class UNetDiscriminator(nn.Module):
+    """Pixel-wise discriminator: (B, C, H, W) -> (pixel logits (B, 1, H, W), image logit (B, 1, 1, 1)).
+
+    H and W are multiples of 64, else ValueError. width 16, 32, 64 are open-LiteVAE's S, M, L.
+    """
+
+    stride = 64
+    min_size = 64
+    DOWN = (1, 2, 4, 8, 8, 16)          # widths after each halving, in units of `width`
+    UP = (8, 8, 4, 2, 1, 1)             # widths after each doubling
+
+    def __init__(self, in_channels: int = 3, width: int = 16) -> None:
+        super().__init__()
+        down = [in_channels, *(width * m for m in self.DOWN)]
+        self.down = nn.ModuleList(
+            DownBlock(a, b, first=i == 0) for i, (a, b) in enumerate(zip(down, down[1:], strict=False))
+        )
+        self.image_head = SpectralConv2d(down[-1], 1, 1)
+        self.up = nn.ModuleList()
+        channels = down[-1]
+        for m, skip in zip(self.UP, [*down[-2:0:-1], 0], strict=True):
+            self.up.append(UpBlock(channels, width * m))
+            channels = width * m + skip
+        self.pixel_head = nn.Conv2d(channels, 1, 1)        # the one layer without spectral norm
+        nn.init.orthogonal_(self.pixel_head.weight)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        check_size(self, *x.shape[-2:])
+        skips = []
+        for block in self.down:
+            x = block(x)
+            skips.append(x)
+        bottleneck = skips.pop()                                               # (B, 16w, H/64, W/64)
+        image = self.image_head(16 * F.relu(bottleneck).mean(dim=(2, 3), keepdim=True))
+        x = self.up[0](bottleneck)
+        for block in self.up[1:]:
+            x = block(torch.cat([x, skips.pop()], dim=1))
+        return self.pixel_head(x), image
+
+
+# ----------------------------------------------------------------------------
+# presets
+
+DISCRIMINATORS = {
+    "patch": lambda in_channels: PatchGAN(in_channels),
+    "unet-s": lambda in_channels: UNetDiscriminator(in_channels, width=16),
+    "unet-m": lambda in_channels: UNetDiscriminator(in_channels, width=32),
+    "unet-l": lambda in_channels: UNetDiscriminator(in_channels, width=64),
+}
+
+
+def check_size(disc: nn.Module, height: int, width: int) -> None:
+    """ValueError unless `disc` takes images of this size."""
+    if height % disc.stride or width % disc.stride or min(height, width) < disc.min_size:
+        raise ValueError(
+            f"{type(disc).__name__} takes multiples of {disc.stride} pixels, at least {disc.min_size}, "
+            f"got {height}x{width}: choose another --res or another --disc"
+        )

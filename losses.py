@@ -1,0 +1,236 @@
+"""Every loss term of LiteVAE training as a pure function of tensors, and LPIPS as the one module.
+
+Sources: LiteVAE (arXiv 2405.14477, Sec. 4.2, App. G) for the wavelet and Gaussian terms; LDM for L1 + LPIPS
++ KL and the adaptive weight; Schonfeld et al. 2020 for CutMix consistency. Images x and recon are (B, C, H,
+W) in [-1, 1].
+
+What differs: no two systems agree on reductions, so a copied weight means nothing. Here every
+reconstruction term is a mean over elements, KL is a mean over latent elements, LPIPS a mean over images and
+adversarial terms are means over logits. Every function computes in fp32 whatever autocast is on.
+"""
+
+import socket
+from pathlib import Path
+
+import lpips
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import VGG16_Weights
+
+from wavelets import dwt2
+
+# total = sum of weight * term. The paper gives the terms but no weight, so each line says where ours comes
+# from. fmt: off
+DEFAULT_WEIGHTS = {
+    "l1":       1.0,      # mean over elements         LDM
+    "l2":       0.0,      # mean over elements         ft-mse only
+    "lpips":    1.0,      # mean over images           LDM
+    "kl":       6.25e-8,  # mean over latent elements  LDM's 1e-6 on sums at n_z 12: 1e-6 * 12 h w / (3 H W)
+    "wavelet":  1.0,      # mean over elements         open-LiteVAE A2 (its reduction is not published)
+    "gaussian": 0.5,      # mean over elements         open-LiteVAE A2 (same)
+    "disc":     0.1,      # mean over logits           ours: as TA-TiTok and REPA-E
+}
+# fmt: on
+
+CHARBONNIER_EPS = 1e-3   # ours: the paper gives none
+GAUSSIAN_SIGMA = 1.0     # ours: the paper gives neither sigma nor size; 5x5, reflect padding
+
+
+# ----------------------------------------------------------------------------
+# reconstruction and regularisation
+
+
+def l1_loss(x: Tensor, recon: Tensor) -> Tensor:
+    """mean |x - recon|."""
+    return (x.float() - recon.float()).abs().mean()
+
+
+def l2_loss(x: Tensor, recon: Tensor) -> Tensor:
+    """mean (x - recon)^2."""
+    return (x.float() - recon.float()).square().mean()
+
+
+def kl_loss(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats, mean over latent elements (LDM sums; a factor Z h w)."""
+    mean, logvar = mean.float(), logvar.float()
+    return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
+
+
+def wavelet_loss(x: Tensor, recon: Tensor) -> Tensor:
+    """Charbonnier distance of the level-1 Haar details (LH, HL, HH), divided by 2 (paper Sec. 4.2, App. G).
+
+    mean sqrt(d^2 + eps^2): eps, not 0, for identical images. The transform is linear, so it runs once, on x
+    - recon.
+    """
+    channels = x.shape[1]
+    details = dwt2(x.float() - recon.float())[:, channels:] / 2
+    return (details.square() + CHARBONNIER_EPS**2).sqrt().mean()
+
+
+def gaussian_loss(x: Tensor, recon: Tensor) -> Tensor:
+    """mean |(x - h(x)) - (recon - h(recon))|, h a Gaussian blur (paper Sec. 4.2); linear, so on x - recon."""
+    difference = x.float() - recon.float()
+    return (difference - gaussian_blur(difference)).abs().mean()
+
+
+def gaussian_blur(x: Tensor) -> Tensor:
+    """5x5 Gaussian of sigma 1 with reflect padding, fp32 (B, C, H, W)."""
+    taps = torch.exp(-torch.arange(-2.0, 3.0, device=x.device).square() / (2 * GAUSSIAN_SIGMA**2))
+    taps = (taps / taps.sum()).tolist()
+    H, W = x.shape[-2:]
+    x = F.pad(x, (2, 2, 2, 2), mode="reflect")
+    x = sum(tap * x[..., i : i + H, :] for i, tap in enumerate(taps))
+    return sum(tap * x[..., i : i + W] for i, tap in enumerate(taps))
+
+
+# ----------------------------------------------------------------------------
+# adversarial terms. A discriminator returns a tuple of logit tensors (pixel and image heads, or one patch
+# map); each head is a mean over its logits and heads are averaged
+
+
+def disc_loss(kind: str, logits_real: tuple[Tensor, ...], logits_fake: tuple[Tensor, ...]) -> Tensor:
+    """What the discriminator minimises.
+
+    hinge:    1/2 (mean relu(1 - D(x)) + mean relu(1 + D(recon))); 1 means chance
+    logistic: 1/2 (mean softplus(-D(x)) + mean softplus(D(recon))); log 2 = 0.69 means chance
+    """
+    penalty = {"hinge": lambda t: F.relu(1 - t), "logistic": lambda t: F.softplus(-t)}[kind]
+    terms = [
+        0.5 * (penalty(real.float()).mean() + penalty(-fake.float()).mean())
+        for real, fake in zip(logits_real, logits_fake, strict=True)
+    ]
+    return sum(terms) / len(terms)
+
+
+def adv_loss(kind: str, logits_fake: tuple[Tensor, ...]) -> Tensor:
+    """What the autoencoder minimises: hinge: -mean D(recon); logistic: mean softplus(-D(recon)).
+
+    taming and LDM use the first for both; with "logistic" ours is the true counterpart of the D loss.
+    """
+    value = {"hinge": lambda t: -t, "logistic": lambda t: F.softplus(-t)}[kind]
+    return sum(value(fake.float()).mean() for fake in logits_fake) / len(logits_fake)
+
+
+def cutmix_mask(uniform: Tensor, height: int, width: int) -> Tensor:
+    """One box per image, 1 where the mixed image is real (Schonfeld et al. 2020): (B, 4) -> (B, 1, H, W).
+
+    The columns of `uniform`, each in [0, 1), are lambda, box centre y, box centre x and a coin: the box
+    covers 1 - lambda of the image before it is clipped, and the mask is inverted for half of the images.
+    """
+    lam, cy, cx, coin = uniform.unbind(1)
+    half = 0.5 * (1 - lam).sqrt()[:, None]
+    y = (torch.arange(height, device=uniform.device) + 0.5) / height
+    x = (torch.arange(width, device=uniform.device) + 0.5) / width
+    rows, columns = (y - cy[:, None]).abs() < half, (x - cx[:, None]).abs() < half
+    box = rows[:, :, None] & columns[:, None, :]
+    return (box ^ (coin < 0.5)[:, None, None]).float()[:, None]
+
+
+def cutmix_loss(mask: Tensor, mixed: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+    """Consistency of pixel logits, mean (D(mix) - mix of D(x) and D(recon))^2 (Schonfeld et al. 2020)."""
+    target = mask * real.float() + (1 - mask) * fake.float()
+    return (mixed.float() - target).square().mean()
+
+
+# ----------------------------------------------------------------------------
+# adaptive adversarial weight (taming, LDM; the paper drops it for a constant, Table 8)
+
+
+def last_layer_gradient(loss: Tensor, recon: Tensor, features: Tensor, decoder: nn.Module) -> Tensor:
+    """Gradient of `loss` with respect to the weight of decoder.conv_out.
+
+    It goes back from the loss to recon, then through a rerun of the last layer alone on the stored
+    features: the model is not run backward, so this costs little, works under torch.compile and fires no
+    DDP hook.
+    """
+    (grad_recon,) = torch.autograd.grad(loss, recon, retain_graph=True)
+    output = decoder.head(features.detach())
+    return torch.autograd.grad(output, decoder.conv_out.weight, grad_recon.to(output.dtype))[0]
+
+
+def adaptive_weight(grad_rec: Tensor, grad_adv: Tensor) -> Tensor:
+    """||grad L_rec|| / (||grad L_adv|| + 1e-4), clamped to [0, 1e4]; L_rec with LPIPS, before KL (LDM)."""
+    return (grad_rec.norm() / (grad_adv.norm() + 1e-4)).clamp(0.0, 1e4)
+
+
+# ----------------------------------------------------------------------------
+# LPIPS
+
+
+class LPIPS(nn.Module):
+    """LPIPS (Zhang et al. 2018; the lpips package): VGG16 features, v0.1 linear weights, mean over images.
+
+    Frozen, and in eval mode whatever its parent does (its dropout would make the loss random). The VGG may
+    run in autocast; normalising, differences and the linear layers are fp32. Inputs in [-1, 1], 1 or 3
+    channels, sides of at least 16. `vgg_weights` comes from load_vgg.
+    """
+
+    def __init__(self, vgg_weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.lpips = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+        # the package's slices keep torchvision's layer numbers: slice2.5.weight is features.5.weight
+        own = self.lpips.net.state_dict()
+        self.lpips.net.load_state_dict({name: vgg_weights[name.split(".", 1)[1]] for name in own})
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "LPIPS":
+        return super().train(False)
+
+    def forward(self, x: Tensor, recon: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = self.features(x)
+        total = 0.0
+        for lin, a, b in zip(self.lpips.lins, target, self.features(recon), strict=True):
+            with torch.autocast(x.device.type, enabled=False):
+                total = total + lin((normalise(a) - normalise(b)).square()).mean()
+        return total
+
+    def features(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.lpips.net(self.lpips.scaling_layer(x.expand(-1, 3, -1, -1)))
+
+
+def normalise(features: Tensor) -> Tensor:
+    """Unit length over channels, fp32, as lpips.normalize_tensor (eps outside the root)."""
+    features = features.float()
+    return features / (features.square().sum(dim=1, keepdim=True).sqrt() + 1e-10)
+
+
+def load_vgg(vgg_file: str | None = None, timeout: float = 30.0) -> dict[str, Tensor]:
+    """VGG16's convolution weights, keys "0.weight" to "28.bias".
+
+    From vgg_file (torchvision's vgg16 file, or a features-only one of 59 MB), else from the torch hub
+    cache, else downloaded there. Raises ValueError, in one line that says where it looked and what to do,
+    if none works.
+    """
+    url = VGG16_Weights.IMAGENET1K_V1.url
+    path = Path(vgg_file or Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1])
+    try:
+        if not vgg_file and not path.exists():
+            download(url, path, timeout)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"LPIPS needs VGG16 weights and could not load {path} ({one_line(error)}): "
+            f"put {path.name} there, pass --vgg-file FILE, or train without LPIPS: --lpips-weight 0"
+        ) from error
+    features = {name.removeprefix("features."): weight for name, weight in state.items()}
+    if features.get("0.weight", torch.empty(0)).shape != (64, 3, 3, 3) or "28.bias" not in features:
+        raise ValueError(f"{path} holds no VGG16 weights (features.0.weight ...): see --vgg-file")
+    return features
+
+
+def download(url: str, path: Path, timeout: float) -> None:
+    """Fetch url to path, atomically and with its hash checked; torch hub itself would wait for ever."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    previous = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(timeout)
+    try:
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[1])
+    finally:
+        socket.setdefaulttimeout(previous)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

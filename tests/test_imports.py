@@ -1,0 +1,37 @@
+"""Run: python -m pytest tests/test_imports.py. The import graph against a written table."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+GRAPH = {
+    "wavelets": set(),
+    "synthetic": set(),
+    "discriminators": set(),
+    "distributed": set(),
+    "cli": {"distributed"},
+    "data": {"synthetic"},
+    "model": {"wavelets"},
+    "losses": {"wavelets"},
+    "metrics": {"distributed"},
+    "checkpoint": {"model"},
+    "train": {"checkpoint", "cli", "data", "discriminators", "distributed", "losses", "metrics", "model"},
+    "eval": {"checkpoint", "cli", "data", "distributed", "metrics", "model"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of this repository that a file imports, inside functions too."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    return names & {file.stem for file in ROOT.glob("*.py")}
+
+
+def test_import_graph():
+    """Every top-level file imports what the table says and no more, in no circle; scripts are leaves."""
+    graph = {path.stem: imports(path) for path in ROOT.glob("*.py")}
+    assert graph == GRAPH
+    assert len(list(TopologicalSorter(graph).static_order())) == len(GRAPH)   # raises CycleError on a circle
+    assert not {"train", "eval"} & set().union(*graph.values())
