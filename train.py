@@ -1,0 +1,519 @@
+"""Train a LiteVAE (or the SD-VAE it is compared with): one file, read from top to bottom.
+
+    torchrun --nproc_per_node=8 train.py --scale B --res 128      # ImageNet on 8 GPUs, the paper's recipe
+    python train.py @recipes/demo.args                            # minutes on a CPU, generated images
+
+Both networks step in every step: the autoencoder on reconstruction, KL and adversarial terms with constant
+weights (paper Sec. 4.2), then the discriminator on the same images. A "step" is one update of the
+autoencoder, over batch-size x accumulate x processes images. All that is random is a pure function of (seed,
+step, sample).
+"""
+
+import argparse
+import copy
+import json
+import math
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import checkpoint
+import cli
+import data
+import distributed
+import losses
+import metrics
+from discriminators import DISCRIMINATORS, check_size, update_spectral_norm
+from distributed import print0
+from losses import DEFAULT_WEIGHTS as W
+from model import SCALES, Autoencoder, AutoencoderConfig, count_parameters, scale_config
+
+# ----------------------------------------------------------------------------
+# flags
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = cli.ArgumentParser(__doc__.split("\n")[0])
+    switch = argparse.BooleanOptionalAction
+
+    add = parser.add_argument_group("run").add_argument
+    add("--out", metavar="DIR", help="checkpoints and logs (default: out/<model>-<res>)")
+    add("--resume", nargs="?", const="latest", metavar="CKPT",
+        help="go on from CKPT; alone: from <out>/ckpt.pt, or from step 0 if there is none")
+    add("--init", metavar="CKPT",
+        help="new phase: weights of model, EMA and discriminator, fresh optimizers, step 0")
+    add("--seed", type=cli.natural, default=0, help="of weights, data order, crops and noise")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto",
+        help="bf16 autocast or fp32; auto: bf16 on CUDA and on CPUs with native bf16")
+    add("--compile", action=switch, help="torch.compile (default: on CUDA only)")
+
+    text = "sources are folders, .tar, .zip, globs, {0000..0252} ranges, joined by commas, or 'synthetic'"
+    add = parser.add_argument_group("data", text).add_argument
+    add("--data", metavar="SRC", help="training images (default: $IMAGENET/train or datasets/imagenet/train)")
+    add("--val-data", metavar="SRC",
+        help="validation images (default: the val folder beside, or some held out of training)")
+    add("--val-count", type=cli.positive, default=256, help="images to validate on")
+    add("--res", type=cli.positive, default=128, help="side of the square training crops, pixels")
+    add("--rescale", type=float, nargs=2, default=(1.0, 1.0), metavar=("LO", "HI"),
+        help="short side uniform in [LO res, HI res] before the crop; open-LiteVAE: 1 2")
+    add("--num-workers", type=cli.natural, default=4, help="loader processes of each training process")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--encoder", choices=("litevae", "sd"), default="litevae", help="wavelets and UNets, or SD-VAE's")
+    add("--scale", choices=tuple(SCALES), default="B", help="of the litevae encoder, paper Table 2")
+    add("--latent-channels", type=cli.positive, default=12, help="n_z")
+    add("--levels", type=int, choices=(2, 3, 4), default=3, help="the latent is 4, 8 or 16 times smaller")
+    add("--in-channels", type=int, choices=(1, 3), default=3, help="1 trains on grey images")
+    add("--dec-channels", type=cli.positive, default=128, help="base width of the decoder")
+    add("--dec-blocks", type=cli.positive, default=3, help="ResBlocks per resolution of the decoder")
+    add("--decoder-norm", choices=("smc", "group"), default="smc", help="paper Table 4")
+    add("--decoder-attention", action=switch, default=False, help="in the middle of the decoder")
+    add("--output", choices=("image", "wavelet"), default="image", help="what the decoder predicts")
+    add("--conv1x1", action=switch, default=False, help="1x1 convs around the latent, paper Table 17")
+    add("--freeze-encoder", action=switch, default=False, help="train the decoder alone")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--steps", type=cli.positive, default=200_000, help="updates of the autoencoder")
+    add("--batch-size", type=cli.positive, default=4, help="images per process and micro-batch")
+    add("--accumulate", type=cli.positive, default=1, help="micro-batches per step")
+    add("--lr", type=float, default=1e-4, help="Adam with betas (0.5, 0.9); never scaled")
+    add("--disc-lr", type=float, default=1e-4, help="the same for the discriminator")
+    add("--warmup", type=cli.natural, default=0, help="steps of linear warm-up, both networks")
+    add("--schedule", choices=("constant", "cosine"), default="constant", help="cosine ends at 0")
+    add("--clip", type=float, default=0.0, help="limit of both gradient norms, 0 = off")
+    add("--ema-decay", type=float, default=0.999, help="of the moving average of weights, 0 = off")
+
+    add = parser.add_argument_group("discriminator").add_argument
+    add("--disc", choices=("none", *DISCRIMINATORS), default="unet-s", help="paper Table 10")
+    add("--disc-loss", choices=("hinge", "logistic"), default="hinge", help="paper Table 16")
+    add("--disc-start", type=cli.natural, default=0, help="step from which it trains")
+    add("--disc-warmup", type=cli.natural, default=0,
+        help="steps it then trains alone, before the autoencoder sees it")
+    add("--adaptive-weight", action=switch, default=False,
+        help="scale --disc-weight by the ratio of last-layer gradients (LDM; paper Table 8)")
+    add("--cutmix", type=float, default=0.0, metavar="WEIGHT",
+        help="CutMix consistency of a U-Net's pixel logits, mean over pixels, 0 = off")
+
+    text = ("total = l1 |x - r| + l2 (x - r)^2 + lpips LPIPS + wavelet Charbonnier(details) + gaussian "
+            "L1(high-pass) + kl KL + disc adversarial; every term is a mean, sources in losses.py")
+    add = parser.add_argument_group("loss weights", text).add_argument
+    add("--l1-weight", type=float, default=W["l1"], help="mean over elements")
+    add("--l2-weight", type=float, default=W["l2"], help="mean over elements")
+    add("--lpips-weight", type=float, default=W["lpips"], help="mean over images; needs VGG16")
+    add("--kl-weight", type=float, default=W["kl"], help="mean over latent elements")
+    add("--wavelet-weight", type=float, default=W["wavelet"], help="mean over elements")
+    add("--gaussian-weight", type=float, default=W["gaussian"], help="mean over elements")
+    add("--disc-weight", type=float, default=W["disc"], help="mean over logits")
+    add("--vgg-file", metavar="FILE", help="VGG16 weights for LPIPS (default: torch hub's cache)")
+
+    add = parser.add_argument_group("logging and checkpoints").add_argument
+    add("--log-every", type=cli.positive, default=50, help="steps")
+    add("--eval-every", type=cli.positive, default=5000, help="steps; the last step always evaluates")
+    add("--save-every", type=cli.positive, default=5000, help="steps; the last step always saves")
+    add("--keep", type=cli.natural, default=0, help="older checkpoints to keep beside ckpt.pt")
+
+    args = parser.parse_args(argv)
+    name = f"litevae-{args.scale.lower()}" if args.encoder == "litevae" else args.encoder
+    args.out = args.out or f"out/{name}-{args.res}"
+    return args
+
+
+def build_config(args: argparse.Namespace) -> AutoencoderConfig:
+    """The architecture that the flags ask for."""
+    return scale_config(
+        args.scale,
+        encoder=args.encoder,
+        in_channels=args.in_channels,
+        latent_channels=args.latent_channels,
+        levels=args.levels,
+        decoder_channels=args.dec_channels,
+        decoder_blocks=args.dec_blocks,
+        decoder_norm=args.decoder_norm,
+        decoder_attention=args.decoder_attention,
+        output=args.output,
+        conv1x1=args.conv1x1,
+    )
+
+
+def check_flags(args: argparse.Namespace, config: AutoencoderConfig) -> None:
+    """ValueError on flags that are right one by one and wrong together."""
+    f = config.downsample_factor
+    if args.res % f:
+        raise ValueError(f"--res {args.res} is not divisible by the downsample factor {f}: use a multiple")
+    if args.res < 16:
+        raise ValueError(f"--res {args.res} is below 16, the least that SSIM and LPIPS can judge")
+    if args.cutmix and not args.disc.startswith("unet"):
+        raise ValueError(f"--cutmix needs pixel logits, got --disc {args.disc}: use unet-s, unet-m or unet-l")
+    if args.l1_weight <= 0 and args.l2_weight <= 0:
+        raise ValueError("nothing to reconstruct by: --l1-weight or --l2-weight must be above 0")
+
+
+# ----------------------------------------------------------------------------
+# small pure functions
+
+
+def lr_factor(step: int, warmup: int, schedule: str, steps: int) -> float:
+    """Learning rate of a step over the flag's: linear warm-up, then constant or half a cosine to 0."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def ema_decay(step: int, decay: float) -> float:
+    """Decay of a step: a short memory at first, so that the average forgets the random start."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+NOISE, CUTMIX = 0, 1   # purposes of randomness
+
+
+def seeded(seed: int, step: int, purpose: int) -> torch.Generator:
+    """A CPU generator that is a pure function of its three numbers."""
+    key = np.random.SeedSequence([seed, step, purpose]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(key[0]))
+
+
+def pick_precision(flag: str, device: torch.device) -> str:
+    """auto is bf16 where the hardware multiplies it: CUDA since Ampere, CPUs with AVX512-BF16 or AMX."""
+    if flag != "auto":
+        return flag
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
+
+
+# ----------------------------------------------------------------------------
+# logging
+
+
+class Log:
+    """Scalars to <out>/log.jsonl and tensorboard, pictures to tensorboard; does nothing off rank 0."""
+
+    def __init__(self, folder: Path, start: int) -> None:
+        self.file = self.board = None
+        if not distributed.is_main():
+            return
+        path = folder / "log.jsonl"
+        old = path.read_text().splitlines(keepends=True) if path.exists() else []
+        self.file = open(path, "w", buffering=1)          # by line, so that a crash loses none
+        # a resumed run writes the lines after its step again
+        self.file.writelines(line for line in old if json.loads(line)["step"] <= start)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        if self.file:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def pictures(self, step: int, x: Tensor, recon: Tensor, latents: Tensor) -> None:
+        """Rows of input | reconstruction | difference (x 2, grey is none); a histogram per latent channel."""
+        if self.board:
+            triples = torch.stack([x, recon, 2 * (recon - x)], dim=1).flatten(0, 1).clamp(-1, 1)
+            grid = torchvision.utils.make_grid(triples / 2 + 0.5, nrow=3)
+            self.board.add_image("input, reconstruction, difference", grid, step)
+            for channel, values in enumerate(latents.transpose(0, 1)):
+                self.board.add_histogram(f"latent/{channel}", values, step)
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
+            self.board.close()
+
+
+# ----------------------------------------------------------------------------
+# the parts of the set-up
+
+
+def set_fast_math(device: torch.device) -> torch.memory_format:
+    """TF32 and cuDNN's autotuner on CUDA; returns the memory format that pays there (channels_last)."""
+    if device.type != "cuda":
+        return torch.contiguous_format
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    torch.backends.cudnn.benchmark = True                 # every training batch has the same shape
+    return torch.channels_last
+
+
+def open_data(args: argparse.Namespace) -> tuple[data.TrainSet, data.ValSet]:
+    """Training and validation set; ValueError or OSError in one line if there is nothing to train on."""
+    spec = args.data or data.default_train_spec()
+    source = data.open_source(spec)
+    val_spec = args.val_data or data.default_val_spec(spec)
+    if val_spec:
+        val_source = data.open_source(val_spec, held_out=True)
+    else:
+        source, val_source = data.split_val(source, args.val_count)
+    train_set = data.TrainSet(source, args.res, args.seed, tuple(args.rescale), channels=args.in_channels)
+    val_set = data.ValSet(val_source, args.res, args.val_count, channels=args.in_channels)
+    val_name = val_spec or f"{spec}, held out"
+    print0(f"data: {len(source):,} images of {spec}; validation: {len(val_set):,} images of {val_name}")
+    return train_set, val_set
+
+
+def reconstruction_terms(args: argparse.Namespace, device: torch.device) -> list[tuple]:
+    """(name, weight, function of (x, recon)) of every term in use; ValueError if LPIPS has no weights."""
+    terms = [
+        ("l1", args.l1_weight, losses.l1_loss),
+        ("l2", args.l2_weight, losses.l2_loss),
+        ("wavelet", args.wavelet_weight, losses.wavelet_loss),
+        ("gaussian", args.gaussian_weight, losses.gaussian_loss),
+    ]
+    if args.lpips_weight:
+        vgg = distributed.main_first(lambda: losses.load_vgg(args.vgg_file))
+        terms.append(("lpips", args.lpips_weight, losses.LPIPS(vgg).to(device)))
+    return [term for term in terms if term[1]]
+
+
+def find_start(args: argparse.Namespace, out: Path) -> tuple[str, Path | None]:
+    """What to start from: ("resume" or "init", checkpoint) or ("", None); ValueError if --out is taken."""
+    latest = out / "ckpt.pt"
+    if args.resume and (args.resume != "latest" or latest.exists()):
+        return "resume", latest if args.resume == "latest" else Path(args.resume)
+    if latest.exists():
+        raise ValueError(f"{out} already holds a run: go on with --resume, or choose another --out")
+    if args.resume:
+        print0(f"resume: nothing saved in {out} yet, starting at step 0")
+    return ("init", Path(args.init)) if args.init else ("", None)
+
+
+def restore(how: str, path: Path, args: argparse.Namespace, nets: dict, optimizers: dict) -> int:
+    """Fill networks (and, on resume, optimizers) from a checkpoint; returns the step to start at."""
+    state = checkpoint.load(path)
+    checkpoint.check_config(state, nets["model"].config, path)
+    saved_disc = state["args"]["disc"]
+    if how == "resume" and saved_disc != args.disc:
+        raise ValueError(f"{path} was trained with --disc {saved_disc}, the flags ask for {args.disc}")
+    for name, net in nets.items():
+        if net and (name != "disc" or saved_disc == args.disc):
+            # a run without EMA can go on with one: it starts from the weights
+            checkpoint.load_weights(net, state[name] or state["model"], path)
+    print0(f"{how}: {path}, step {state['step']}")
+    if how == "init":
+        return 0
+    for name, optimizer in optimizers.items():
+        if optimizer:
+            optimizer.load_state_dict(state[name])
+    return state["step"]
+
+
+def adam(params: list[nn.Parameter], lr: float) -> torch.optim.Adam:
+    return torch.optim.Adam(params, lr=lr, betas=(0.5, 0.9), fused=params[0].device.type in ("cuda", "cpu"))
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def wrap(module: nn.Module, compiled: bool) -> nn.Module:
+    """What the training forward calls: compiled, then in DDP. The bare module keeps saving, EMA and eval."""
+    module = torch.compile(module) if compiled else module
+    return DDP(module, broadcast_buffers=False) if distributed.world_size() > 1 else module
+
+
+def no_sync(module: nn.Module, last: bool):
+    """Context of one micro-batch: DDP averages gradients over processes in the last one alone."""
+    return module.no_sync() if isinstance(module, DDP) and not last else nullcontext()
+
+
+@torch.no_grad()
+def validate(step: int, nets: dict, val_loader, device: torch.device, autocast, log: Log) -> None:
+    """PSNR and SSIM of raw and EMA weights over all ranks' images; pictures from this rank's first batch."""
+    scores = {}
+    for suffix, net in (("", nets["model"]), ("_ema", nets["ema"])):
+        if net:
+            result = metrics.evaluate(net, (batch for batch, _ in val_loader), device, autocast)
+            scores[f"val_psnr{suffix}"], scores[f"val_ssim{suffix}"] = result["psnr"], result["ssim"]
+    log.scalars(step, scores)
+    print0(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    batch, _ = next(iter(val_loader))
+    if distributed.is_main() and len(batch):
+        x = data.to_float(batch[:8].to(device))
+        with autocast:
+            recon, posterior = (nets["ema"] or nets["model"])(x)
+        log.pictures(step, x, recon.float(), posterior.mean)
+
+
+# ----------------------------------------------------------------------------
+# the story
+
+
+def main() -> None:
+    args = parse_args()
+    with cli.user_errors():
+        # device and precision
+        device = distributed.init(args.device)
+        world = distributed.world_size()
+        precision = pick_precision(args.precision, device)
+        autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+        compiled = device.type == "cuda" if args.compile is None else args.compile
+        memory_format = set_fast_math(device)
+        torch.manual_seed(args.seed)
+
+        # all that a user can get wrong fails here, before anything is written
+        config = build_config(args)
+        check_flags(args, config)
+        out = Path(args.out)
+        how, start_path = find_start(args, out)
+        train_set, val_set = open_data(args)
+        terms = reconstruction_terms(args, device)
+
+        # networks and optimizers
+        model = Autoencoder(config).to(device, memory_format=memory_format)
+        if args.freeze_encoder:
+            model.encoder.requires_grad_(False)
+            model.quant_conv.requires_grad_(False)
+        ema = copy.deepcopy(model).requires_grad_(False) if args.ema_decay else None
+        disc = None
+        if args.disc != "none":
+            disc = DISCRIMINATORS[args.disc](args.in_channels).to(device, memory_format=memory_format)
+            check_size(disc, args.res, args.res)
+        opt = adam(trainable(model), args.lr)
+        opt_disc = adam(trainable(disc), args.disc_lr) if disc else None
+        nets = {"model": model, "ema": ema, "disc": disc}
+        optimizers = {"opt": opt, "opt_disc": opt_disc}
+        start = restore(how, start_path, args, nets, optimizers) if how else 0
+
+        # loaders
+        batches = data.GlobalBatchSampler(
+            args.batch_size, args.accumulate, distributed.rank(), world, start, args.steps
+        )
+        train_loader = data.train_loader(train_set, batches, args.num_workers, device)
+        val_loader = data.val_loader(
+            val_set, args.batch_size, args.num_workers, device, distributed.rank(), world
+        )
+        out.mkdir(parents=True, exist_ok=True)
+
+    global_batch = args.batch_size * args.accumulate * world
+    print0(f"parameters: encoder {count_parameters(model.encoder):,}, decoder "
+           f"{count_parameters(model.decoder):,}, discriminator {count_parameters(disc) if disc else 0:,}")
+    print0(f"batch: {args.batch_size} x {world} processes x {args.accumulate} accumulated = {global_batch}")
+    print0(f"device: {device}, {precision}, {'compiled' if compiled else 'eager'}; output: {out}")
+
+    # wrap last and once: model, ema and disc stay bare, so that no state dict ever sees a prefix
+    ddp_model = wrap(model, compiled)
+    ddp_disc = wrap(disc, compiled) if disc else None
+    latent_shape = (config.latent_channels, *[args.res // config.downsample_factor] * 2)
+    ema_params, params = list(ema.parameters()) if ema else [], list(model.parameters())
+    log = Log(out, start)
+    train_batches = iter(train_loader)
+    bar = tqdm(range(start, args.steps + 1), initial=start, total=args.steps, dynamic_ncols=True,
+               disable=not distributed.is_main())
+
+    for step in bar:                                      # one turn more than updates: evaluate, save, stop
+        last = step == args.steps
+
+        # evaluate on all ranks, save on rank 0
+        if step > start and (last or step % args.eval_every == 0):
+            validate(step, nets, val_loader, device, autocast, log)
+        if step > start and (last or step % args.save_every == 0) and distributed.is_main():
+            versions = {"torch": str(torch.__version__), "numpy": np.__version__}
+            state = {"step": step, "config": asdict(config), "args": vars(args), "versions": versions}
+            for name, part in {**nets, **optimizers}.items():
+                state[name] = part.state_dict() if part else None
+            checkpoint.save(out, state, args.keep)
+        if last:
+            break
+
+        # what this step is: learning rates, who trains, and its noise, as pure functions of the step
+        factor = lr_factor(step, args.warmup, args.schedule, args.steps)
+        opt.param_groups[0]["lr"] = args.lr * factor
+        train_disc = disc is not None and step >= args.disc_start
+        adversarial = train_disc and step >= args.disc_start + args.disc_warmup
+        noise = torch.randn(global_batch, *latent_shape, generator=seeded(args.seed, step, NOISE))
+        logged: dict[str, Tensor] = {}                    # means over micro-batches, on the device
+        pairs = []                                        # (x, recon) per micro-batch, for the discriminator
+
+        # 1. autoencoder: minimise reconstruction + kl KL + disc adversarial
+        if disc:
+            disc.requires_grad_(False)                    # no discriminator gradient comes of this half
+        for micro in range(args.accumulate):
+            batch, broken = next(train_batches)
+            for message in broken:
+                print0(f"broken image replaced: {message}")
+            x = data.to_float(batch.to(device, non_blocking=True)).contiguous(memory_format=memory_format)
+            z_noise = noise[batches.rows(micro)].to(device)
+            with no_sync(ddp_model, micro == args.accumulate - 1):
+                with autocast:
+                    recon, posterior, features = ddp_model(x, z_noise, with_features=True)
+                    parts = {name: term(x, recon) for name, _, term in terms}
+                    rec = sum(weight * parts[name] for name, weight, _ in terms)
+                    parts["kl"] = losses.kl_loss(*posterior)
+                    parts["loss"] = rec + args.kl_weight * parts["kl"]
+                    if adversarial:
+                        parts["adv"] = losses.adv_loss(args.disc_loss, disc(recon))
+                        weight = torch.tensor(args.disc_weight, device=device)
+                        if args.adaptive_weight:
+                            grads = [losses.last_layer_gradient(part, recon, features, model.decoder)
+                                     for part in (rec, parts["adv"])]
+                            weight = weight * losses.adaptive_weight(*map(distributed.mean, grads))
+                        parts["disc_weight"] = weight
+                        parts["loss"] = parts["loss"] + weight * parts["adv"]
+                (parts["loss"] / args.accumulate).backward()
+            pairs.append((x, recon.detach()))
+            parts["mse"] = losses.l2_loss(*pairs[-1])
+            for name, part in parts.items():
+                logged[name] = logged.get(name, 0) + part.detach() / args.accumulate
+        logged["grad_norm"] = nn.utils.clip_grad_norm_(trainable(model), args.clip or math.inf)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        if ema:
+            get_ema_multi_avg_fn(ema_decay(step, args.ema_decay))(ema_params, params, step)
+
+        # 2. discriminator: minimise its loss on (x, recon), recon from before the update
+        if train_disc:
+            opt_disc.param_groups[0]["lr"] = args.disc_lr * factor
+            disc.requires_grad_(True)
+            update_spectral_norm(disc)
+            uniform = torch.rand(global_batch, 4, generator=seeded(args.seed, step, CUTMIX))
+            for micro, (x, recon) in enumerate(pairs):
+                with no_sync(ddp_disc, micro == args.accumulate - 1):
+                    with autocast:
+                        real, fake = ddp_disc(x), ddp_disc(recon)
+                        parts = {"disc": losses.disc_loss(args.disc_loss, real, fake)}
+                        if args.cutmix:
+                            boxes = uniform[batches.rows(micro)].to(device)
+                            mask = losses.cutmix_mask(boxes, args.res, args.res)
+                            mixed = ddp_disc(mask * x + (1 - mask) * recon)
+                            parts["cutmix"] = losses.cutmix_loss(mask, mixed[0], real[0], fake[0])
+                        loss = parts["disc"] + args.cutmix * parts.get("cutmix", 0)
+                    (loss / args.accumulate).backward()
+                parts["logits_real"], parts["logits_fake"] = real[0].float().mean(), fake[0].float().mean()
+                for name, part in parts.items():
+                    logged[name] = logged.get(name, 0) + part.detach() / args.accumulate
+            logged["disc_grad_norm"] = nn.utils.clip_grad_norm_(trainable(disc), args.clip or math.inf)
+            opt_disc.step()
+            opt_disc.zero_grad(set_to_none=True)
+
+        # log this step, averaged over ranks; a step that is going to be saved is looked at, too
+        done = step + 1
+        if done % args.log_every == 0 or done % args.save_every == 0 or done == args.steps:
+            means = distributed.mean(torch.stack([value.float() for value in logged.values()])).tolist()
+            values = dict(zip(logged, means, strict=True))
+            if not all(map(math.isfinite, means)):
+                raise SystemExit(f"error: not finite at step {done}: {values}; lower --lr or set --clip, "
+                                 f"and go on from the last checkpoint in {out}")
+            values["batch_psnr"] = 10 * math.log10(4 / max(values.pop("mse"), 1e-10))
+            log.scalars(done, {**values, "lr": args.lr * factor})
+            bar.set_postfix(loss=f"{values['loss']:.4f}", psnr=f"{values['batch_psnr']:.2f}")
+
+    log.close()
+    print0(f"done: {out / 'ckpt.pt'}")
+    distributed.cleanup()
+
+
+if __name__ == "__main__":
+    main()
