@@ -15,7 +15,7 @@ demo: .venv/installed
 	@echo "wrote out/demo/reconstruction.png"
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ import lpips
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import VGG16_Weights
+from torchvision.models import VGG16_Weights, vgg16
 
 from wavelets import dwt2
 
@@ -210,15 +210,16 @@ def load_vgg(vgg_file: str | None = None, timeout: float = 30.0) -> dict[str, Te
         if not vgg_file and not path.exists():
             download(url, path, timeout)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+        with torch.device("meta"):
+            net = vgg16().features
+        names = [name for name in state if not name.startswith("classifier.")]
+        net.load_state_dict({name.removeprefix("features."): state[name] for name in names}, assign=True)
+    except Exception as error:      # a wrong file makes torch raise nearly every type
         raise ValueError(
             f"LPIPS needs VGG16 weights and could not load {path} ({one_line(error)}): "
             f"put {path.name} there, pass --vgg-file FILE, or train without LPIPS: --lpips-weight 0"
         ) from error
-    features = {name.removeprefix("features."): weight for name, weight in state.items()}
-    if features.get("0.weight", torch.empty(0)).shape != (64, 3, 3, 3) or "28.bias" not in features:
-        raise ValueError(f"{path} holds no VGG16 weights (features.0.weight ...): see --vgg-file")
-    return features
+    return net.state_dict()
 
 
 def download(url: str, path: Path, timeout: float) -> None:

@@ -426,6 +426,8 @@ def init_weights(model: Autoencoder) -> None:
         nn.init.constant_(head.bias[nz:], -6.0)
     if model.config.decoder_norm == "smc":
         isometry(model.decoder.conv_in, model.decoder.conv_out)
+        if model.decoder.wavelet:
+            model.decoder.conv_out.weight.data /= 2                      # head() doubles its bands
         for module in model.decoder.modules():
             if isinstance(module, (ResBlock, Upsample)):
                 isometry(module.skip if isinstance(module, ResBlock) else module.conv)

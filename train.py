@@ -88,7 +88,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--accumulate", type=cli.positive, default=1, help="micro-batches per step")
     add("--lr", type=float, default=1e-4, help="Adam with betas (0.5, 0.9); never scaled")
     add("--disc-lr", type=float, default=1e-4, help="the same for the discriminator")
-    add("--warmup", type=cli.natural, default=0, help="steps of linear warm-up, both networks")
+    add("--warmup", type=cli.natural, default=1000, help="steps of linear warm-up, both networks (ours)")
     add("--schedule", choices=("constant", "cosine"), default="constant", help="cosine ends at 0")
     add("--clip", type=float, default=0.0, help="limit of both gradient norms, 0 = off")
     add("--ema-decay", type=float, default=0.999, help="of the moving average of weights, 0 = off")
