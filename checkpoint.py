@@ -8,7 +8,6 @@ nobody repeats architecture flags.
 """
 
 import os
-import pickle
 from dataclasses import asdict
 from pathlib import Path
 
@@ -36,9 +35,10 @@ def save(folder: Path, state: dict, keep: int) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    # the newest numbered file is ckpt.pt itself under a second name
-    for old in sorted(folder.glob("ckpt-*.pt"))[: -keep - 1 if keep else None]:
-        old.unlink()
+    if keep > 0:
+        numbered = sorted(folder.glob("ckpt-" + 8 * "[0-9]" + ".pt"), key=lambda path: path.stat().st_mtime)
+        for old in numbered[: -keep - 1]:                 # the newest is ckpt.pt under a second name
+            old.unlink()
 
 
 def load(path: str | Path) -> dict:
@@ -48,7 +48,7 @@ def load(path: str | Path) -> dict:
         raise ValueError(f"no checkpoint at {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as error:
+    except Exception as error:      # on damaged bytes the unpickler raises nearly every type
         reason = str(error).split("\n")[0].split(". ")[0][:120]
         raise ValueError(f"{path} is damaged or no checkpoint ({reason}): use an older one") from error
     if not isinstance(state, dict) or not {"step", "config", "args", "model"} <= state.keys():

@@ -1,6 +1,8 @@
 """What train.py and eval.py share on the command line: both spellings, flag files, and one-line errors."""
 
 import argparse
+import math
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Adds each default to its help, but "None" to none; calls whole numbers N and others X."""
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        if action.type is float:
+        if action.type is amount:
             return "X"
         whole = action.type in (positive, natural)
         return "N" if whole else super()._get_default_metavar_for_optional(action)
@@ -40,7 +42,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
-        return super().parse_known_args([hyphens(arg) for arg in args], namespace)
+        try:
+            return super().parse_known_args([hyphens(arg) for arg in args], namespace)
+        except ValueError as error:                       # a flag file with an open quote, or no text at all
+            self.error(f"cannot read the flag file: {error}")
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         return [hyphens(word) for word in shlex.split(line, comments=True)]
@@ -63,6 +68,13 @@ def natural(text: str) -> int:
     return int(text)
 
 
+def amount(text: str) -> float:
+    """A flag's number, finite and not negative: weights, rates, limits."""
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+    return float(text)
+
+
 def hyphens(arg: str) -> str:
     """--batch_size=4 -> --batch-size=4; values are left alone."""
     if not arg.startswith("--"):
@@ -75,12 +87,13 @@ def hyphens(arg: str) -> str:
 def user_errors() -> Iterator[None]:
     """Ends the program with one line and exit code 2 on what a user can cause (ValueError, OSError).
 
-    Wraps the set-up alone: later an exception is a defect of ours and shows its traceback.
+    Wraps the set-up alone: after it an exception is a defect of ours and shows its traceback.
     """
     try:
         yield
     except (ValueError, OSError) as error:
-        prefix = f"[rank {distributed.rank()}] " if distributed.rank() else ""
+        rank = os.environ.get("RANK", "0")
+        prefix = f"[rank {rank}] " if rank != "0" else ""
         print(f"{prefix}error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         distributed.cleanup()
         sys.exit(2)

@@ -1,7 +1,7 @@
 """Images in: folders, archives and synthetic pictures; decoding, cropping, the order of samples, loaders.
 
 `open_source` lists the images behind a --data value and `load_rgb` decodes one; `TrainSet` and `ValSet` make
-uint8 tensors of them, the loaders make batches, and `to_float` is the one door to [-1, 1].
+uint8 tensors of them, the loaders make batches, and `to_float` takes those to [-1, 1].
 
 No random state lives here. Sample k of a run (k = step * global batch + row) is a pure function of (seed, k):
 its place in the epoch's permutation, scale, crop and flip. So the step alone resumes a run, and 1, 2 or 4
@@ -15,10 +15,11 @@ import io
 import os
 import re
 import signal
+import sys
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,6 +28,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
 from synthetic import dead_leaves
 
@@ -458,10 +460,19 @@ def collate(items: Sequence[tuple[Tensor | None, tuple[str, ...]]]) -> tuple[Ten
     return batch, [message for _, broken in items for message in broken]
 
 
+def report_broken(batches: Iterable[tuple[Tensor, list[str]]], seen: set[str]) -> Iterator[Tensor]:
+    """The images of each batch; a file found broken is named on stderr, once, and put into `seen`."""
+    for batch, broken in batches:
+        for message in broken:
+            if message not in seen:
+                seen.add(message)
+                tqdm.write(f"broken image, number {len(seen)}: {message}", file=sys.stderr)
+        yield batch
+
+
 def _start_worker(worker: int) -> None:
-    """Ctrl-C and preemption notices reach every process of the group, but only the trainer answers them."""
+    """Ctrl-C reaches every process of the group; the trainer alone answers it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _loader(dataset: Dataset, num_workers: int, device: torch.device | str, **batching) -> DataLoader:

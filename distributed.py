@@ -1,7 +1,7 @@
 """Everything that knows of more than one process: set-up, rank 0, reductions.
 
 torchrun sets RANK, LOCAL_RANK and WORLD_SIZE. Without it nothing is set up: every call still works, and the
-reductions return what they got. Nobody else but the saving of checkpoints asks for rank 0, by `is_main`.
+reductions return what they got. Rank 0 alone writes; who writes asks `is_main`.
 """
 
 import os
@@ -69,11 +69,6 @@ def print0(*args: Any) -> None:
 # collectives: every process must make the same calls in the same order
 
 
-def barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()
-
-
 def sum_(tensor: Tensor) -> Tensor:
     """Sum over processes, in place; returns the tensor."""
     if world_size() > 1:
@@ -94,21 +89,20 @@ def broadcast_object(obj: Any) -> Any:
     return box[0]
 
 
-def main_first(fn: Callable[[], Any]) -> Any:
-    """fn() on rank 0, then on all others: for what one process fetches or indexes and the rest find done.
+def from_main(fn: Callable[[], Any]) -> Any:
+    """fn() on rank 0 alone and its result on every process: for what one process decides, lists or fetches.
 
-    If rank 0 raises, the others do not call fn and raise the same text, as a ValueError or OSError if it was
-    one, else as a RuntimeError: nobody waits for a process that gave up.
+    If it raises, the others raise the same text, as a ValueError or OSError if it was one, else as a
+    RuntimeError: nobody waits for a process that gave up.
     """
+    outcome, error = None, None
     if is_main():
         try:
-            result = fn()
-        except Exception as error:
-            kind = next((k for k in (ValueError, OSError) if isinstance(error, k)), RuntimeError)
-            broadcast_object(kind(str(error)))
-            raise
-        broadcast_object(None)
-        return result
-    if (error := broadcast_object(None)) is not None:
-        raise error
-    return fn()
+            outcome = fn()
+        except Exception as caught:
+            error = caught
+    kind = next((k for k in (ValueError, OSError) if isinstance(error, k)), RuntimeError)
+    outcome, told = broadcast_object((outcome, kind(str(error)) if error else None))
+    if told:
+        raise error or told
+    return outcome

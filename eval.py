@@ -73,30 +73,34 @@ def main() -> None:
         res = args.res or state["args"]["res"]
         if res % model.config.downsample_factor:
             raise ValueError(f"--res {res} is not a multiple of {model.config.downsample_factor}")
+        if res < 16:
+            raise ValueError(f"--res {res} is below 16, the least that SSIM can judge")
         spec = args.data or args.imagenet_val
         spec = data.imagenet_val_spec() if spec == DEFAULT else spec
-        source = data.open_source(spec, held_out=True)
+        source = distributed.from_main(lambda: data.open_source(spec, held_out=True))
+        if args.imagenet_val and len(source) != 50_000:
+            print0(f"warning: {len(source):,} images, ImageNet has 50,000: compare with no published score")
         images = data.ValSet(source, res, args.limit, channels=model.config.in_channels)
         loader = data.val_loader(images, args.batch_size, args.num_workers, device,
                                  distributed.rank(), distributed.world_size())
+
+    weights = "raw" if args.raw or not state["ema"] else "EMA"
+    print0(f"{args.ckpt}: step {state['step']}, {weights} weights; {len(images):,} of {spec} at {res} px")
+    bar = tqdm(loader, disable=not distributed.is_main(), dynamic_ncols=True)
+    scores = metrics.evaluate(model, data.report_broken(bar, set()), device)
+    print0(f"PSNR {scores['psnr']:.3f} dB (std over images {scores['psnr_std']:.2f}, pooled "
+           f"{scores['psnr_pooled']:.3f})   SSIM {scores['ssim']:.4f}   N {scores['n']:,}")
+    if scores["n"] < len(images):
+        print0(f"{len(images) - scores['n']} broken images left out")
+    if distributed.is_main():
         for file in filter(None, (args.json, args.grid)):
             Path(file).parent.mkdir(parents=True, exist_ok=True)
-
-        weights = "raw" if args.raw or not state["ema"] else "EMA"
-        print0(f"{args.ckpt}: step {state['step']}, {weights} weights; {len(images):,} of {spec} at {res} px")
-        bar = tqdm(loader, disable=not distributed.is_main(), dynamic_ncols=True)
-        scores = metrics.evaluate(model, (batch for batch, _ in bar), device)
-        print0(f"PSNR {scores['psnr']:.3f} dB (std over images {scores['psnr_std']:.2f}, pooled "
-               f"{scores['psnr_pooled']:.3f})   SSIM {scores['ssim']:.4f}   N {scores['n']:,}")
-        if scores["n"] < len(images):
-            print0(f"{len(images) - scores['n']} broken images left out")
-        if distributed.is_main():
-            if args.json:
-                about = {"checkpoint": args.ckpt, "step": state["step"], "weights": weights}
-                report = {**scores, **about, "data": spec, "res": res}
-                Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
-            if args.grid:
-                write_grid(args.grid, model, images, device)
+        if args.json:
+            about = {"checkpoint": args.ckpt, "step": state["step"], "weights": weights}
+            report = {**scores, **about, "data": spec, "res": res}
+            Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+        if args.grid:
+            write_grid(args.grid, model, images, device)
     distributed.cleanup()
 
 

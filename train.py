@@ -86,12 +86,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=cli.positive, default=200_000, help="updates of the autoencoder")
     add("--batch-size", type=cli.positive, default=4, help="images per process and micro-batch")
     add("--accumulate", type=cli.positive, default=1, help="micro-batches per step")
-    add("--lr", type=float, default=1e-4, help="Adam with betas (0.5, 0.9); never scaled")
-    add("--disc-lr", type=float, default=1e-4, help="the same for the discriminator")
+    add("--lr", type=cli.amount, default=1e-4, help="Adam with betas (0.5, 0.9); never scaled")
+    add("--disc-lr", type=cli.amount, default=1e-4, help="the same for the discriminator")
     add("--warmup", type=cli.natural, default=1000, help="steps of linear warm-up, both networks (ours)")
     add("--schedule", choices=("constant", "cosine"), default="constant", help="cosine ends at 0")
-    add("--clip", type=float, default=0.0, help="limit of both gradient norms, 0 = off")
-    add("--ema-decay", type=float, default=0.999, help="of the moving average of weights, 0 = off")
+    add("--clip", type=cli.amount, default=0.0, help="limit of both gradient norms, 0 = off")
+    add("--ema-decay", type=cli.amount, default=0.999, help="of the moving average of weights, 0 = off")
 
     add = parser.add_argument_group("discriminator").add_argument
     add("--disc", choices=("none", *DISCRIMINATORS), default="unet-s", help="paper Table 10")
@@ -101,19 +101,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="steps it then trains alone, before the autoencoder sees it")
     add("--adaptive-weight", action=switch, default=False,
         help="scale --disc-weight by the ratio of last-layer gradients (LDM; paper Table 8)")
-    add("--cutmix", type=float, default=0.0, metavar="WEIGHT",
+    add("--cutmix", type=cli.amount, default=0.0, metavar="WEIGHT",
         help="CutMix consistency of a U-Net's pixel logits, mean over pixels, 0 = off")
 
     text = ("total = l1 |x - r| + l2 (x - r)^2 + lpips LPIPS + wavelet Charbonnier(details) + gaussian "
             "L1(high-pass) + kl KL + disc adversarial; every term is a mean, sources in losses.py")
     add = parser.add_argument_group("loss weights", text).add_argument
-    add("--l1-weight", type=float, default=W["l1"], help="mean over elements")
-    add("--l2-weight", type=float, default=W["l2"], help="mean over elements")
-    add("--lpips-weight", type=float, default=W["lpips"], help="mean over images; needs VGG16")
-    add("--kl-weight", type=float, default=W["kl"], help="mean over latent elements")
-    add("--wavelet-weight", type=float, default=W["wavelet"], help="mean over elements")
-    add("--gaussian-weight", type=float, default=W["gaussian"], help="mean over elements")
-    add("--disc-weight", type=float, default=W["disc"], help="mean over logits")
+    add("--l1-weight", type=cli.amount, default=W["l1"], help="mean over elements")
+    add("--l2-weight", type=cli.amount, default=W["l2"], help="mean over elements")
+    add("--lpips-weight", type=cli.amount, default=W["lpips"], help="mean over images; needs VGG16")
+    add("--kl-weight", type=cli.amount, default=W["kl"], help="mean over latent elements")
+    add("--wavelet-weight", type=cli.amount, default=W["wavelet"], help="mean over elements")
+    add("--gaussian-weight", type=cli.amount, default=W["gaussian"], help="mean over elements")
+    add("--disc-weight", type=cli.amount, default=W["disc"], help="mean over logits")
     add("--vgg-file", metavar="FILE", help="VGG16 weights for LPIPS (default: torch hub's cache)")
 
     add = parser.add_argument_group("logging and checkpoints").add_argument
@@ -131,7 +131,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def build_config(args: argparse.Namespace) -> AutoencoderConfig:
     """The architecture that the flags ask for."""
     return scale_config(
-        args.scale,
+        args.scale if args.encoder == "litevae" else "B",         # the sd encoder has one scale
         encoder=args.encoder,
         in_channels=args.in_channels,
         latent_channels=args.latent_channels,
@@ -154,8 +154,16 @@ def check_flags(args: argparse.Namespace, config: AutoencoderConfig) -> None:
         raise ValueError(f"--res {args.res} is below 16, the least that SSIM and LPIPS can judge")
     if args.cutmix and not args.disc.startswith("unet"):
         raise ValueError(f"--cutmix needs pixel logits, got --disc {args.disc}: use unet-s, unet-m or unet-l")
-    if args.l1_weight <= 0 and args.l2_weight <= 0:
+    if not args.l1_weight and not args.l2_weight:
         raise ValueError("nothing to reconstruct by: --l1-weight or --l2-weight must be above 0")
+    if args.ema_decay >= 1:
+        raise ValueError(f"--ema-decay must be below 1, got {args.ema_decay}")
+    if args.adaptive_weight and args.disc == "none":
+        raise ValueError("--adaptive-weight needs a discriminator, got --disc none")
+    if args.freeze_encoder and not (args.init or args.resume):
+        raise ValueError("--freeze-encoder would keep a random encoder: give a trained one with --init CKPT")
+    if args.warmup >= args.steps:
+        print0(f"note: --warmup {args.warmup} is not over after --steps {args.steps}, --lr is never reached")
 
 
 # ----------------------------------------------------------------------------
@@ -206,11 +214,13 @@ class Log:
         self.file = self.board = None
         if not distributed.is_main():
             return
-        path = folder / "log.jsonl"
+        path, temporary = folder / "log.jsonl", folder / "log.tmp"
         old = path.read_text().splitlines(keepends=True) if path.exists() else []
-        self.file = open(path, "w", buffering=1)          # by line, so that a crash loses none
+        whole = [line for line in old if line.endswith("}\n")]           # a crash may cut the last one short
         # a resumed run writes the lines after its step again
-        self.file.writelines(line for line in old if json.loads(line)["step"] <= start)
+        temporary.write_text("".join(line for line in whole if json.loads(line)["step"] <= start))
+        temporary.replace(path)
+        self.file = open(path, "a", buffering=1)          # by line, so that a crash loses none
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -260,6 +270,8 @@ def open_data(args: argparse.Namespace) -> tuple[data.TrainSet, data.ValSet]:
     train_set = data.TrainSet(source, args.res, args.seed, tuple(args.rescale), channels=args.in_channels)
     val_set = data.ValSet(val_source, args.res, args.val_count, channels=args.in_channels)
     val_name = val_spec or f"{spec}, held out"
+    if all(val_set[i][0] is None for i in range(min(8, len(val_set)))):
+        raise ValueError(f"validation images {val_name}: the first are all broken, {val_set[0][1][0]}")
     print0(f"data: {len(source):,} images of {spec}; validation: {len(val_set):,} images of {val_name}")
     return train_set, val_set
 
@@ -273,7 +285,7 @@ def reconstruction_terms(args: argparse.Namespace, device: torch.device) -> list
         ("gaussian", args.gaussian_weight, losses.gaussian_loss),
     ]
     if args.lpips_weight:
-        vgg = distributed.main_first(lambda: losses.load_vgg(args.vgg_file))
+        vgg = distributed.from_main(lambda: losses.load_vgg(args.vgg_file))
         terms.append(("lpips", args.lpips_weight, losses.LPIPS(vgg).to(device)))
     return [term for term in terms if term[1]]
 
@@ -281,8 +293,11 @@ def reconstruction_terms(args: argparse.Namespace, device: torch.device) -> list
 def find_start(args: argparse.Namespace, out: Path) -> tuple[str, Path | None]:
     """What to start from: ("resume" or "init", checkpoint) or ("", None); ValueError if --out is taken."""
     latest = out / "ckpt.pt"
+    path = latest if args.resume == "latest" else Path(args.resume or "")
     if args.resume and (args.resume != "latest" or latest.exists()):
-        return "resume", latest if args.resume == "latest" else Path(args.resume)
+        if latest.exists() and path.resolve().parent != out.resolve():
+            raise ValueError(f"{out} already holds another run than {path}: choose another --out")
+        return "resume", path
     if latest.exists():
         raise ValueError(f"{out} already holds a run: go on with --resume, or choose another --out")
     if args.resume:
@@ -294,14 +309,17 @@ def restore(how: str, path: Path, args: argparse.Namespace, nets: dict, optimize
     """Fill networks (and, on resume, optimizers) from a checkpoint; returns the step to start at."""
     state = checkpoint.load(path)
     checkpoint.check_config(state, nets["model"].config, path)
-    saved_disc = state["args"]["disc"]
-    if how == "resume" and saved_disc != args.disc:
-        raise ValueError(f"{path} was trained with --disc {saved_disc}, the flags ask for {args.disc}")
+    print0(f"{how}: {path}, step {state['step']}")
+    for name in ("disc", "freeze_encoder") if how == "resume" else ():
+        saved, wanted = state["args"][name], getattr(args, name)
+        if saved != wanted:
+            raise ValueError(f"{path} was trained with {name}={saved}, the flags ask for {wanted}")
     for name, net in nets.items():
-        if net and (name != "disc" or saved_disc == args.disc):
+        if name == "disc" and net and state["args"]["disc"] != args.disc:
+            print0(f"init: {path} has --disc {state['args']['disc']}, {args.disc} starts afresh")
+        elif net:
             # a run without EMA can go on with one: it starts from the weights
             checkpoint.load_weights(net, state[name] or state["model"], path)
-    print0(f"{how}: {path}, step {state['step']}")
     if how == "init":
         return 0
     for name, optimizer in optimizers.items():
@@ -330,17 +348,19 @@ def no_sync(module: nn.Module, last: bool):
 
 
 @torch.no_grad()
-def validate(step: int, nets: dict, val_loader, device: torch.device, autocast, log: Log) -> None:
-    """PSNR and SSIM of raw and EMA weights over all ranks' images; pictures from this rank's first batch."""
+def validate(step: int, nets: dict, val_loader, broken: set, device, autocast, log: Log) -> None:
+    """PSNR and SSIM of raw and EMA weights over all ranks' images; pictures from rank 0's first batch."""
     scores = {}
     for suffix, net in (("", nets["model"]), ("_ema", nets["ema"])):
         if net:
-            result = metrics.evaluate(net, (batch for batch, _ in val_loader), device, autocast)
+            result = metrics.evaluate(net, data.report_broken(val_loader, broken), device, autocast)
             scores[f"val_psnr{suffix}"], scores[f"val_ssim{suffix}"] = result["psnr"], result["ssim"]
     log.scalars(step, scores)
     print0(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-    batch, _ = next(iter(val_loader))
-    if distributed.is_main() and len(batch):
+    if not distributed.is_main():
+        return
+    batch, _ = next(iter(val_loader))                     # rank 0 has the first image
+    if len(batch):
         x = data.to_float(batch[:8].to(device))
         with autocast:
             recon, posterior = (nets["ema"] or nets["model"])(x)
@@ -361,17 +381,17 @@ def main() -> None:
         autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
         compiled = device.type == "cuda" if args.compile is None else args.compile
         memory_format = set_fast_math(device)
-        torch.manual_seed(args.seed)
 
         # all that a user can get wrong fails here, before anything is written
         config = build_config(args)
         check_flags(args, config)
         out = Path(args.out)
-        how, start_path = find_start(args, out)
-        train_set, val_set = open_data(args)
+        how, start_path = distributed.from_main(lambda: find_start(args, out))
+        train_set, val_set = distributed.from_main(lambda: open_data(args))
         terms = reconstruction_terms(args, device)
 
         # networks and optimizers
+        torch.manual_seed(args.seed)
         model = Autoencoder(config).to(device, memory_format=memory_format)
         if args.freeze_encoder:
             model.encoder.requires_grad_(False)
@@ -396,6 +416,7 @@ def main() -> None:
             val_set, args.batch_size, args.num_workers, device, distributed.rank(), world
         )
         out.mkdir(parents=True, exist_ok=True)
+        log = Log(out, start)
 
     global_batch = args.batch_size * args.accumulate * world
     print0(f"parameters: encoder {count_parameters(model.encoder):,}, decoder "
@@ -408,23 +429,23 @@ def main() -> None:
     ddp_disc = wrap(disc, compiled) if disc else None
     latent_shape = (config.latent_channels, *[args.res // config.downsample_factor] * 2)
     ema_params, params = list(ema.parameters()) if ema else [], list(model.parameters())
-    log = Log(out, start)
-    train_batches = iter(train_loader)
+    broken: set[str] = set()                              # files named so far
+    train_batches = data.report_broken(train_loader, broken)
     bar = tqdm(range(start, args.steps + 1), initial=start, total=args.steps, dynamic_ncols=True,
                disable=not distributed.is_main())
 
     for step in bar:                                      # one turn more than updates: evaluate, save, stop
         last = step == args.steps
 
-        # evaluate on all ranks, save on rank 0
-        if step > start and (last or step % args.eval_every == 0):
-            validate(step, nets, val_loader, device, autocast, log)
+        # save on rank 0, evaluate on all ranks
         if step > start and (last or step % args.save_every == 0) and distributed.is_main():
             versions = {"torch": str(torch.__version__), "numpy": np.__version__}
             state = {"step": step, "config": asdict(config), "args": vars(args), "versions": versions}
             for name, part in {**nets, **optimizers}.items():
                 state[name] = part.state_dict() if part else None
             checkpoint.save(out, state, args.keep)
+        if step > start and (last or step % args.eval_every == 0):
+            validate(step, nets, val_loader, broken, device, autocast, log)
         if last:
             break
 
@@ -441,10 +462,8 @@ def main() -> None:
         if disc:
             disc.requires_grad_(False)                    # no discriminator gradient comes of this half
         for micro in range(args.accumulate):
-            batch, broken = next(train_batches)
-            for message in broken:
-                print0(f"broken image replaced: {message}")
-            x = data.to_float(batch.to(device, non_blocking=True)).contiguous(memory_format=memory_format)
+            x = data.to_float(next(train_batches).to(device, non_blocking=True))
+            x = x.contiguous(memory_format=memory_format)
             z_noise = noise[batches.rows(micro)].to(device)
             with no_sync(ddp_model, micro == args.accumulate - 1):
                 with autocast:
@@ -471,7 +490,9 @@ def main() -> None:
         opt.step()
         opt.zero_grad(set_to_none=True)
         if ema:
-            get_ema_multi_avg_fn(ema_decay(step, args.ema_decay))(ema_params, params, step)
+            # a new phase inherits an average; a random start is better forgotten
+            decay = args.ema_decay if args.init else ema_decay(step, args.ema_decay)
+            get_ema_multi_avg_fn(decay)(ema_params, params, step)
 
         # 2. discriminator: minimise its loss on (x, recon), recon from before the update
         if train_disc:
@@ -504,8 +525,10 @@ def main() -> None:
             means = distributed.mean(torch.stack([value.float() for value in logged.values()])).tolist()
             values = dict(zip(logged, means, strict=True))
             if not all(map(math.isfinite, means)):
-                raise SystemExit(f"error: not finite at step {done}: {values}; lower --lr or set --clip, "
-                                 f"and go on from the last checkpoint in {out}")
+                log.close()
+                print0(f"error: not finite at step {done}: {values}; lower --lr or set --clip, "
+                       f"and go on from the last checkpoint in {out}")
+                raise SystemExit(1)
             values["batch_psnr"] = 10 * math.log10(4 / max(values.pop("mse"), 1e-10))
             log.scalars(done, {**values, "lr": args.lr * factor})
             bar.set_postfix(loss=f"{values['loss']:.4f}", psnr=f"{values['batch_psnr']:.2f}")

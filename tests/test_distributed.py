@@ -35,12 +35,11 @@ def worker(rank: int, port: int, folder: Path) -> None:
         rank=distributed.rank(), main=distributed.is_main(),
         returned=distributed.sum_(summed), summed=summed, mean=distributed.mean(kept), kept=kept.detach(),
         object=distributed.broadcast_object({"from": rank}),
-        first=distributed.main_first(lambda: (log.exists(), log.touch())[0]),
-        value_error=caught(lambda: distributed.main_first(lambda: refuse(UnicodeError("bad flag 7")))),
-        os_error=caught(lambda: distributed.main_first(lambda: refuse(FileNotFoundError("no file x")))),
-        other_error=caught(lambda: distributed.main_first(lambda: refuse(KeyError("k")))),
+        first=distributed.from_main(lambda: (rank, log.exists(), log.touch())),
+        value_error=caught(lambda: distributed.from_main(lambda: refuse(UnicodeError("bad flag 7")))),
+        os_error=caught(lambda: distributed.from_main(lambda: refuse(FileNotFoundError("no file x")))),
+        other_error=caught(lambda: distributed.from_main(lambda: refuse(KeyError("k")))),
     )
-    distributed.barrier()
     distributed.cleanup()
     torch.save(result | dict(size_after=distributed.world_size()), folder / f"{rank}.pt")
 
@@ -70,10 +69,10 @@ def test_reductions(both):
         assert result["mean"].item() == 0.5 and result["kept"].item() == rank
 
 
-def test_rank_0_is_heard_and_goes_first(both):
-    """Every rank gets rank 0's object; under main_first the others find its work done."""
+def test_rank_0_is_heard(both):
+    """Every rank gets rank 0's object; from_main calls the function there alone, once."""
     assert [r["object"] for r in both] == [{"from": 0}] * 2
-    assert [r["first"] for r in both] == [False, True]
+    assert [r["first"] for r in both] == [(0, False, None)] * 2
 
 
 def test_an_error_of_rank_0_reaches_every_rank(both):
@@ -87,10 +86,9 @@ def test_one_process_needs_no_set_up(capsys):
     """Without torchrun the collectives hand back what they got and rank 0 prints."""
     x = torch.tensor([1.0, 2.0])
     assert distributed.sum_(x) is x and distributed.mean(x).tolist() == [1.0, 2.0]
-    assert distributed.broadcast_object(x) is x and distributed.main_first(lambda: 7) == 7
+    assert distributed.broadcast_object(x) is x and distributed.from_main(lambda: 7) == 7
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
-    assert caught(lambda: distributed.main_first(lambda: refuse(ValueError("no")))) == "ValueError: no"
-    distributed.barrier()
+    assert caught(lambda: distributed.from_main(lambda: refuse(ValueError("no")))) == "ValueError: no"
     distributed.cleanup()
     distributed.print0("step", 3)
     assert capsys.readouterr().out == "step 3\n"
