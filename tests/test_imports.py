@@ -1,8 +1,11 @@
 """Run: python -m pytest tests/test_imports.py. The import graph against a written table."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
+
+import model
 
 ROOT = Path(__file__).parents[1]
 GRAPH = {
@@ -35,3 +38,13 @@ def test_import_graph():
     assert graph == GRAPH
     assert len(list(TopologicalSorter(graph).static_order())) == len(GRAPH)   # raises CycleError on a circle
     assert not {"train", "eval"} & set().union(*graph.values())
+
+
+def test_readme_is_true():
+    """The file map has every file, every link leads somewhere, and the table is what model.py prints."""
+    readme = (ROOT / "README.md").read_text()
+    links = set(re.findall(r"\]\(([\w./-]+)\)", readme))
+    assert {path.name for path in ROOT.glob("*.py")} <= links
+    assert all((ROOT / link).exists() for link in links)
+    assert model.table() in readme
+    assert all(f"`{path.stem}`" in readme for path in ROOT.glob("recipes/*.args"))

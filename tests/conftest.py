@@ -1,0 +1,109 @@
+"""train.py and eval.py in this process, at toy size: what the tests of the scripts share."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from synthetic import dead_leaves
+
+ROOT = Path(__file__).parents[1]
+# one of the smallest runs there are: 1.1M parameters, half a second
+SMALL = ("--scale S --dec-channels 8 --dec-blocks 1 --res 32 --disc none --lpips-weight 0 --steps 2 "
+         "--warmup 0 --clip 0 --batch-size 2 --num-workers 0 --val-count 4 --log-every 1 --device cpu "
+         "--precision fp32 --out run")
+
+
+def call(script: str, folder: Path, flags: str) -> None:
+    """main() of train.py or eval.py in `folder`, on one thread: a busy machine then costs little."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setattr(sys, "argv", [f"{script}.py", *flags.split()])
+            importlib.import_module(script).main()
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Run:
+    """What a training left in its folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def state(self, name: str = "ckpt.pt") -> dict:
+        return torch.load(self.folder / name, weights_only=True, mmap=True)
+
+    @property
+    def lines(self) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
+
+    @property
+    def steps(self) -> list[dict]:
+        """The lines of training steps, without those of validation."""
+        return [line for line in self.lines if "loss" in line]
+
+
+def train_in(folder: Path, flags: str) -> Run:
+    """A small training on synthetic images; flags override SMALL."""
+    flags = f"--data synthetic {SMALL} {flags}"
+    call("train", folder, flags)
+    return Run(folder / flags.split("--out ")[-1].split()[0])
+
+
+@pytest.fixture
+def train_run(tmp_path):
+    """train_run(flags) trains in an empty folder of its own and returns the Run."""
+    return lambda flags="": train_in(tmp_path, flags)
+
+
+@pytest.fixture(scope="session")
+def parent(tmp_path_factory) -> Run:
+    """A finished run of two steps with a discriminator, for whoever needs a checkpoint; left as it is."""
+    return train_in(tmp_path_factory.mktemp("parent"), "--res 64 --disc unet-s --lr 1e-3 --conv1x1")
+
+
+@pytest.fixture
+def refused(tmp_path, capsys, monkeypatch):
+    """refused(script, flags): the one line on stderr, after exit code 2 and with nothing written."""
+    monkeypatch.delenv("IMAGENET", raising=False)
+
+    def run(script: str, flags: str) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as stop:
+            call(script, tmp_path, flags)
+        line = capsys.readouterr().err
+        assert stop.value.code == 2 and line.count("\n") == 1 and line.endswith("\n"), line
+        assert line.startswith(("error: ", f"{script}.py: error: "))
+        assert sorted(tmp_path.rglob("*")) == before
+        return line
+
+    return run
+
+
+def torchrun(folder: Path, flags: str, **env: str) -> subprocess.CompletedProcess:
+    """torchrun with two processes on the CPU, in `folder`; flags begin with the script."""
+    env = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               *f"{ROOT}/{flags}".split()]
+    return subprocess.run(command, cwd=folder, env=os.environ | env, capture_output=True, text=True)
+
+
+def write_images(folder: Path, names: list[str], side: int = 64) -> Path:
+    """Dead-leaves pictures 0, 1, 2, ... under these names, a little wider than high."""
+    for i, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        strip = dead_leaves(8, i, side)[:, : side // 8 + i]
+        picture = np.concatenate([dead_leaves(7, i, side), strip], axis=1)
+        Image.fromarray(picture).save(path)
+    return folder

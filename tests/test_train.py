@@ -1,0 +1,612 @@
+"""Run: python -m pytest tests/test_train.py. Whole trainings at toy size, looked at from outside."""
+
+import functools
+import json
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, Run, call, torchrun, train_in, write_images
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torchvision.models.vgg import cfgs, make_layers
+from torchvision.transforms.functional import center_crop
+
+import train
+
+# everything at once: 5 steps, the discriminator trains from step 2 and is felt from step 3
+STORY = ("--res 64 --disc unet-s --disc-start 2 --disc-warmup 1 --disc-lr 0.01 --cutmix 0.5 "
+         "--adaptive-weight --steps 5 --batch-size 1 --accumulate 2 --lr 1e-3 --schedule cosine "
+         "--warmup 1 --rescale 1 1.5")
+NETS = ("model", "ema", "disc")
+OPTIMIZERS = ("opt", "opt_disc")
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory) -> Run:
+    """STORY with a checkpoint of each step, ckpt-<step>.pt holding what there was after that many."""
+    return train_in(tmp_path_factory.mktemp("story"), f"{STORY} --save-every 1 --keep 9")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Run:
+    """SMALL as it is, to compare with."""
+    return train_in(tmp_path_factory.mktemp("base"), "")
+
+
+def equal(a, b) -> bool:
+    """Bit for bit, through dicts and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def distance(a: dict, b: dict) -> float:
+    """The largest difference between two state dicts."""
+    assert a.keys() == b.keys()
+    return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
+
+
+def gradients(optimizer: dict) -> dict:
+    """Adam's running mean of gradients, by parameter number."""
+    return {number: slot["exp_avg"] for number, slot in optimizer["state"].items()}
+
+
+def after(run: Run, step: int) -> dict:
+    return run.state(f"ckpt-{step:08d}.pt")
+
+
+# ---- pure functions ----------------------------------------------------------------------------------------
+
+
+def test_learning_rate():
+    """Warm-up over 4 steps is 1/5, 2/5, 3/5, 4/5, then 1; the cosine is 1, 1/2, 0 at start, middle, end."""
+    warm = [train.lr_factor(step, 4, "constant", 100) for step in (0, 1, 2, 3, 4, 99)]
+    assert warm == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]
+    assert train.lr_factor(0, 0, "constant", 1) == 1.0
+    cosine = [train.lr_factor(step, 20, "cosine", 100) for step in (19, 20, 40, 60, 80, 100)]
+    assert cosine == pytest.approx([20 / 21, 1, 0.5 + 0.125**0.5, 0.5, 0.5 - 0.125**0.5, 0], abs=1e-15)
+
+
+def test_ema_decay():
+    """(1 + step) / (10 + step), and never more than the flag."""
+    assert [train.ema_decay(step, 0.95) for step in (0, 8, 80, 171, 10**6)] == [0.1, 0.5, 0.9, 0.95, 0.95]
+
+
+def test_seeded_is_pure():
+    """The stream depends on (seed, step, purpose) alone, on each of them, and leaves torch's own alone."""
+    before = torch.get_rng_state()
+    streams = {key: torch.rand(4, generator=train.seeded(*key)).tolist()
+               for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0))}
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(7)
+    again = torch.rand(4, generator=train.seeded(0, 1, 0)).tolist()
+    assert again == streams[0, 1, 0] and len({tuple(stream) for stream in streams.values()}) == 5
+
+
+def test_precision_auto(monkeypatch):
+    """auto is bf16 where the hardware multiplies it; fp32 and bf16 are what they say."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for capability, expected in (("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("avx2", "fp32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=capability: {name: True})
+        assert train.pick_precision("auto", cpu) == expected
+    for native, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, x=native: x)
+        assert train.pick_precision("auto", cuda) == expected
+    assert train.pick_precision("fp32", cuda) == "fp32" and train.pick_precision("bf16", cpu) == "bf16"
+
+
+def test_default_out():
+    """out/<model>-<res>."""
+    assert train.parse_args([]).out == "out/litevae-b-128"
+    assert train.parse_args(["--encoder", "sd", "--res", "256"]).out == "out/sd-256"
+
+
+# ---- what happens in a step --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """The networks and optimizers of the next run; watch.look(optimizer) is called before each update."""
+    seen = SimpleNamespace(nets=[], optimizers=[], look=lambda optimizer: None)
+    wrap, adam = train.wrap, train.adam
+
+    def spy_wrap(module, compiled):
+        seen.nets.append(module)
+        return wrap(module, compiled)
+
+    def spy_adam(params, lr):
+        optimizer = adam(params, lr)
+        optimizer.register_step_pre_hook(lambda *_: seen.look(optimizer))
+        seen.optimizers.append(optimizer)
+        return optimizer
+
+    monkeypatch.setattr(train, "wrap", spy_wrap)
+    monkeypatch.setattr(train, "adam", spy_adam)
+    return seen
+
+
+def test_gradients_stay_in_their_half(train_run, watch):
+    """Before the autoencoder's update it has all gradients, the discriminator none; before the other's, vice
+    versa."""
+    looks = []
+
+    def look(optimizer):
+        grads = [{p.grad is not None for p in net.parameters()} for net in watch.nets]
+        looks.append((watch.optimizers.index(optimizer), *grads))
+
+    watch.look = look
+    train_run("--res 64 --disc unet-s --cutmix 0.5 --adaptive-weight --accumulate 2")
+    assert looks == 2 * [(0, {True}, {False}), (1, {False}, {True})]
+
+
+def test_discriminator_sees_detached_images(train_run, watch, monkeypatch):
+    """Only in the autoencoder's half do gradients pass through the discriminator's input, and to it none."""
+    passes, disc = [], train.DISCRIMINATORS["unet-s"]
+
+    def spied(in_channels):
+        net = disc(in_channels)
+        net.register_forward_pre_hook(lambda net, args: passes.append(
+            (args[0].requires_grad, any(p.requires_grad for p in net.parameters()))))
+        return net
+
+    monkeypatch.setitem(train.DISCRIMINATORS, "unet-s", spied)
+    train_run("--res 64 --disc unet-s --cutmix 0.5 --accumulate 2")
+    through, into = (True, False), (False, True)
+    assert passes == 2 * [through, through, *(2 * [into, into, into])]     # x, recon, their mix
+
+
+@pytest.mark.parametrize("flags", ["--disc patch", "--freeze-encoder --conv1x1"])
+def test_every_tensor_is_in_one_optimizer(train_run, parent, watch, flags):
+    """What trains is in exactly one optimizer; with --freeze-encoder that is the decoder's side alone."""
+    train_run(f"{flags} --steps 1" + f" --init {parent.folder}/ckpt.pt" * ("freeze" in flags))
+    groups = [group for optimizer in watch.optimizers for group in optimizer.param_groups]
+    held = [id(p) for group in groups for p in group["params"]]
+    named = [(name, p) for net in watch.nets if net for name, p in net.named_parameters()]
+    frozen = {name.split(".")[0] for name, p in named if id(p) not in held}
+    assert len(held) == len(set(held)) and set(held) <= {id(p) for _, p in named}
+    assert frozen == ({"encoder", "quant_conv"} if "freeze" in flags else set())
+
+
+def test_clip(train_run, watch):
+    """--clip limits both gradient norms, and the log has the norms from before."""
+    norms = []
+    watch.look = lambda optimizer: norms.append(
+        nn.utils.get_total_norm([p.grad for p in optimizer.param_groups[0]["params"]]).item())
+    line = train_run("--disc patch --steps 1 --clip 0.01").steps[0]
+    assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
+    assert line["grad_norm"] > 0.1 and line["disc_grad_norm"] > 0.1
+
+
+def test_disc_start_and_warmup(story):
+    """Untouched before --disc-start; then it trains; after --disc-warmup the autoencoder feels it."""
+    discs = [after(story, step)["disc"] for step in (1, 2, 3)]
+    assert equal(discs[0], discs[1]) and not equal(discs[1], discs[2])
+    assert ["disc" in line for line in story.steps] == [False, False, True, True, True]
+    assert ["adv" in line for line in story.steps] == [False, False, False, True, True]
+    assert after(story, 2)["opt_disc"]["state"] == {} and after(story, 3)["opt_disc"]["state"][0]["step"] == 1
+
+
+def test_spectral_norm_advances_once(story):
+    """One power iteration in a step of 2 micro-batches with 3 passes each: v = W'u, u = Wv, normalised."""
+    old, new = after(story, 4)["disc"], after(story, 5)["disc"]
+
+    def iterate(name: str, u: torch.Tensor) -> torch.Tensor:
+        matrix = old[f"{name}.weight"].flatten(1)
+        v = nn.functional.normalize(matrix.T @ u, dim=0)
+        return nn.functional.normalize(matrix @ v, dim=0)
+
+    names = [key.removesuffix(".u") for key in old if key.endswith(".u")]
+    once = {name: iterate(name, old[f"{name}.u"]) for name in names}
+    twice = {name: iterate(name, u) for name, u in once.items()}
+    assert len(names) == 37
+    assert max((once[name] - new[f"{name}.u"]).abs().max() for name in names) < 1e-6
+    assert max((twice[name] - new[f"{name}.u"]).abs().max() for name in names) > 1e-3
+
+
+def test_ema_tracks_every_parameter(story):
+    """ema <- d ema + (1 - d) model with d = (1 + step) / (10 + step), for every tensor of the state dict."""
+    for step in (1, 2, 3, 4):
+        old, new = after(story, step), after(story, step + 1)
+        d = (1 + step) / (10 + step)
+        expected = {name: d * old["ema"][name].double() + (1 - d) * w for name, w in new["model"].items()}
+        assert distance(expected, new["ema"]) < 1e-6
+        assert distance(new["model"], new["ema"]) > 1e-4
+        assert all(not torch.equal(old["ema"][name], new["ema"][name]) for name in expected)
+
+
+def test_total_loss(parent):
+    """The logged loss is the sum that the help shows, with the default weights, and batch_psnr is of mse."""
+    for line in parent.steps:
+        total = (line["l1"] + line["wavelet"] + 0.5 * line["gaussian"] + 6.25e-8 * line["kl"]
+                 + 0.1 * line["adv"])
+        assert line["loss"] == pytest.approx(total, rel=1e-6) and line["disc_weight"] == pytest.approx(0.1)
+        assert 20 * math.log10(2 / line["l1"]) - 6 < line["batch_psnr"] <= 20 * math.log10(2 / line["l1"])
+
+
+def test_adaptive_weight(story):
+    """With --adaptive-weight the logged weight is no constant."""
+    weights = [line["disc_weight"] for line in story.steps if "adv" in line]
+    assert len(set(weights)) == 2
+    assert all(0 < weight < 1000 and abs(weight - 0.1) > 1e-3 for weight in weights)
+
+
+def test_logged_learning_rate(story):
+    """Warm-up of one step, then half a cosine over the other four."""
+    cosine = [0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]
+    assert [line["lr"] for line in story.steps] == pytest.approx([0.5e-3, *(1e-3 * c for c in cosine)])
+
+
+def test_tensorboard(parent):
+    """Scalars of the log, a grid of input, reconstruction and difference, a histogram per latent channel."""
+    board = EventAccumulator(str(parent.folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    tags = board.Tags()
+    assert {"l1", "adv", "disc", "lr", "val_psnr", "val_ssim_ema"} <= set(tags["scalars"])
+    assert [event.value for event in board.Scalars("l1")] == pytest.approx([x["l1"] for x in parent.steps])
+    assert set(tags["histograms"]) == {f"latent/{channel}" for channel in range(12)}
+    picture = board.Images(tags["images"][0])[0]
+    assert (picture.width, picture.height) == (3 * 66 + 2, 2 * 66 + 2)    # a batch of 2, at 64 px
+
+
+# ---- learning ----------------------------------------------------------------------------------------------
+
+
+def test_eight_images_are_overfitted(tmp_path):
+    """60 steps on 8 pictures, reconstructed from a 4 x 4 latent: 4 dB past what their mean colours score."""
+    write_images(tmp_path / "eight", [f"{i}.png" for i in range(8)], side=16)
+    run = train_in(tmp_path, "--data eight --val-data eight --val-count 8 --res 16 --levels 2 --batch-size 8 "
+                             "--steps 60 --lr 1e-3 --clip 1 --wavelet-weight 0 --gaussian-weight 0")
+    pictures = [np.asarray(center_crop(Image.open(path), 16)) for path in (tmp_path / "eight").iterdir()]
+    flat = [np.broadcast_to(np.rint(x.mean(axis=(0, 1))).astype(np.uint8), x.shape) for x in pictures]
+    mean_colours = np.mean([peak_signal_noise_ratio(x, y) for x, y in zip(pictures, flat, strict=True)])
+    assert run.lines[-1]["val_psnr_ema"] > mean_colours + 4
+    assert run.steps[-1]["batch_psnr"] > run.steps[0]["batch_psnr"] + 6
+
+
+def test_non_finite_loss_ends_the_run(train_run, capsys):
+    """One clear line with step, terms and a way out, exit code 1, and the last good checkpoint stays."""
+    with pytest.raises(SystemExit) as stop:
+        train_run("--lr 1e30 --steps 9 --save-every 1 --log-every 9")
+    message = [line for line in capsys.readouterr().out.splitlines() if "error" in line]
+    assert stop.value.code == 1 and len(message) == 1
+    assert "error: not finite at step 2" in message[0] and "lower --lr" in message[0] and "'l1'" in message[0]
+
+
+def test_broken_file_is_named_and_replaced(train_run, tmp_path, capsys):
+    """A file that is cut short is named once, in training and validation together, and the run goes on."""
+    folder = write_images(tmp_path / "some", [f"{i}.png" for i in range(4)], side=32)
+    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:500])
+    run = train_run("--data some --val-data some --steps 8")
+    assert capsys.readouterr().err.count("broken image, number 1: some/3.png") == 1
+    assert len(run.steps) == 8
+
+
+# ---- resume, init ------------------------------------------------------------------------------------------
+
+
+def crash(monkeypatch, step: int):
+    """The next run dies at the beginning of this step."""
+    def lr_factor(now, *rest, real=train.lr_factor):
+        if now == step:
+            raise KeyboardInterrupt
+        return real(now, *rest)
+
+    monkeypatch.setattr(train, "lr_factor", lr_factor)
+
+
+@pytest.mark.parametrize("flags", [STORY, "--disc patch --steps 5 --batch-size 1"], ids=["unet", "patch"])
+def test_resume_is_exact(train_run, story, tmp_path, monkeypatch, flags):
+    """Saved after 3 steps, dead in the 5th, resumed: weights, optimizers and log as if nothing had been."""
+    straight = story if flags == STORY else train_run(f"{flags} --out straight")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        crash(patch, 4)
+        train_run(f"{flags} --save-every 3")
+    dead = Run(tmp_path / "run")
+    assert dead.state()["step"] == 3 and len(dead.steps) == 4
+    resumed = train_run(f"{flags} --resume")
+    for name in ("step", *NETS, *OPTIMIZERS):
+        assert equal(straight.state()[name], resumed.state()[name]), name
+    assert straight.lines == resumed.lines
+    assert [path.name for path in resumed.folder.glob("ckpt*")] == ["ckpt.pt"]
+
+
+def test_resume_of_a_finished_run(train_run, parent, tmp_path, capsys):
+    """Nothing is trained, and checkpoint and log stay as they were."""
+    shutil.copytree(parent.folder, tmp_path / "run")
+    files = [tmp_path / "run" / name for name in ("ckpt.pt", "log.jsonl")]
+    before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in files]
+    train_run("--res 64 --disc unet-s --conv1x1 --resume")
+    assert files[0].stat().st_mtime_ns == before[0][1]
+    assert [path.read_bytes() for path in files] == [content for content, _ in before]
+    assert "resume: run/ckpt.pt, step 2" in capsys.readouterr().out
+
+
+def test_resume_with_nothing_saved(train_run, capsys, base):
+    """It starts at step 0 and says so."""
+    run = train_run("--resume")
+    assert "resume: nothing saved in run yet, starting at step 0" in capsys.readouterr().out
+    assert run.lines == base.lines
+
+
+def test_init_starts_a_new_phase(train_run, parent):
+    """Weights of model, EMA and discriminator go on, at another size; the rest starts afresh."""
+    init = f"--init {parent.folder}/ckpt.pt"
+    flags = f"--res 128 --disc unet-s --conv1x1 {init} --lr 0 --disc-lr 0 --steps 1 --batch-size 1"
+    old, new = parent.state(), train_run(flags).state()               # no learning: what is there came
+    assert equal(old["model"], new["model"])
+    weights = {name: w for name, w in old["disc"].items() if name.endswith(("weight", "bias"))}
+    assert equal(weights, {name: new["disc"][name] for name in weights})
+    # the average it inherits keeps its long memory
+    expected = {name: 0.999 * old["ema"][name].double() + 0.001 * w for name, w in old["model"].items()}
+    assert distance(expected, new["ema"]) < 3e-7 < 0.1 * distance(old["ema"], old["model"])
+    assert new["step"] == 1 and new["opt"]["state"][0]["step"] == new["opt_disc"]["state"][0]["step"] == 1
+
+
+def test_init_without_the_parents_discriminator(train_run, parent):
+    """A phase with another discriminator, or none, takes the model's weights and begins its own."""
+    flags = f"--conv1x1 --init {parent.folder}/ckpt.pt --lr 0 --steps 1"
+    for disc in ("none", "patch"):
+        new = train_run(f"{flags} --disc {disc} --out {disc}").state()
+        assert equal(new["model"], parent.state()["model"]) and (disc == "none") == (new["disc"] is None)
+
+
+def test_init_and_resume_together(train_run, parent, capsys):
+    """The same command again goes on: --init counts only while there is nothing to resume."""
+    flags = f"--conv1x1 --init {parent.folder}/ckpt.pt --resume"
+    train_run(f"{flags} --steps 1")
+    assert "init: " in capsys.readouterr().out
+    run = train_run(f"{flags} --steps 2")
+    assert "resume: run/ckpt.pt, step 1" in capsys.readouterr().out and run.state()["step"] == 2
+
+
+def test_freeze_encoder(train_run, parent):
+    """The encoder's side stays bitwise as it was; everything in the decoder moves."""
+    run = train_run(f"--conv1x1 --init {parent.folder}/ckpt.pt --freeze-encoder --steps 1")
+    old, new = parent.state()["model"], run.state()["model"]
+    same = {name.split(".")[0] for name in old if torch.equal(old[name], new[name])}
+    moved = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
+    assert same == {"encoder", "quant_conv"} and moved == {"decoder", "post_quant_conv"}
+
+
+def test_ema_switched_off_and_on(train_run):
+    """--ema-decay 0 keeps none; a run resumed with one starts it from the weights."""
+    off = train_run("--ema-decay 0 --steps 1")
+    first = off.state()
+    assert first["ema"] is None and not any("ema" in name for line in off.lines for name in line)
+    second = train_run("--ema-decay 0.9 --steps 2 --resume").state()
+    d = 2 / 11
+    expected = {name: d * w.double() + (1 - d) * second["model"][name] for name, w in first["model"].items()}
+    assert distance(expected, second["ema"]) < 1e-6
+
+
+# ---- several processes -------------------------------------------------------------------------------------
+
+
+def test_two_processes_and_accumulation_equal_the_joined_batch(tmp_path):
+    """2 x 2 images by two processes, or by accumulation, train as 4 do, U-Net discriminator and CutMix on.
+
+    Gradients (Adam's mean of them) to 1e-5 of the largest, the log to 1e-5, and weights after 2 steps of 1e-4
+    to 1e-5: where a gradient is 0, Adam steps along its rounding. Of the one validation image the second
+    process has none.
+    """
+    flags = "--res 64 --disc unet-s --cutmix 0.5 --val-count 1"
+    joined = train_in(tmp_path, f"{flags} --batch-size 4 --out joined")
+    train_in(tmp_path, f"{flags} --batch-size 2 --accumulate 2 --out accumulated")
+    done = torchrun(tmp_path, f"train.py --data synthetic {SMALL} {flags} --batch-size 2 --out two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("batch: 2 x 2 processes x 1 accumulated = 4") == 1
+    for other in (Run(tmp_path / "accumulated"), Run(tmp_path / "two")):
+        for name in NETS:
+            assert distance(joined.state()[name], other.state()[name]) < 1e-5, name
+        for name in OPTIMIZERS:
+            ours, theirs = gradients(joined.state()[name]), gradients(other.state()[name])
+            assert distance(ours, theirs) < 1e-5 * max(grad.abs().max() for grad in ours.values()), name
+        for line, expected in zip(other.lines, joined.lines, strict=True):
+            assert line == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_the_commands_of_the_readme(tmp_path, monkeypatch):
+    """The full default model, two processes, a fake ImageNet: torchrun train.py and eval.py verbatim."""
+    names = ("n01440764/a", "n01440764/b", "n01443537/c", "n01443537/d")
+    write_images(tmp_path / "imagenet/train", [f"{name}.JPEG" for name in names], side=140)
+    write_images(tmp_path / "imagenet/val", ["1.JPEG", "2.JPEG"], side=140)
+    command = "train.py --scale B --res 128 --steps 1 --batch-size 1 --lpips-weight 0"
+    done = torchrun(tmp_path, command, IMAGENET="imagenet")
+    assert done.returncode == 0, done.stderr
+    assert "data: 4 images of imagenet/train; validation: 2 images of imagenet/val" in done.stdout
+    run = Run(tmp_path / "out/litevae-b-128")
+    assert [line["step"] for line in run.lines] == [1, 1] and "adv" in run.lines[0]
+
+    monkeypatch.setenv("IMAGENET", "imagenet")
+    call("eval", tmp_path, "out/litevae-b-128/ckpt.pt --imagenet-val --json scores.json")
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["n"] == 2 and scores["res"] == 128
+    # the same images and weights as the validation at the end of training
+    assert scores["psnr"] == pytest.approx(run.lines[1]["val_psnr_ema"], abs=0.01)
+    shutil.rmtree(run.folder)                                         # 0.9 GB
+
+
+# ---- every other flag --------------------------------------------------------------------------------------
+
+SHAPES = [  # flags, a tensor of the model, its shape
+    ("--in-channels 1", "decoder.conv_out.weight", (1, 8, 3, 3)),
+    ("--levels 2", "decoder.up.4.conv1.conv.weight", (8, 16, 3, 3)),
+    ("--levels 4 --res 64", "encoder.extractors.3.conv_in.weight", (16, 12, 3, 3)),
+    ("--encoder sd --steps 1 --ema-decay 0", "encoder.conv_in.weight", (128, 3, 3, 3)),
+    ("--output wavelet", "decoder.conv_out.weight", (12, 8, 3, 3)),
+    ("--decoder-norm group", "decoder.norm_out.weight", (8,)),
+    ("--decoder-attention", "decoder.mid.1.qkv.weight", (96, 32, 1, 1)),
+    ("--latent-channels 5", "decoder.conv_in.weight", (32, 5, 3, 3)),
+    ("--dec-channels 12 --dec-blocks 2", "decoder.up.10.conv2.conv.weight", (12, 12, 3, 3)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, name, shape", SHAPES, ids=[row[0] for row in SHAPES])
+def test_architecture_flags(train_run, flags, name, shape):
+    """Each trains two steps, changes every kind of layer it should, and shows in the weights' shapes."""
+    run = train_run(flags)
+    assert run.state()["model"][name].shape == shape
+    assert all(math.isfinite(value) for line in run.lines for value in line.values())
+
+
+LOGS = [  # flags, what their log lines of step 1 and 2 must satisfy, given those of SMALL
+    ("--no-compile --no-conv1x1 --no-decoder-attention --no-freeze-encoder --no-adaptive-weight",
+     lambda log, base: log == base),
+    ("--num-workers 2", lambda log, base: log == base),
+    ("--seed 1", lambda log, base: log[0]["kl"] != base[0]["kl"]),
+    ("--rescale 1 2", lambda log, base: log[0]["l1"] != base[0]["l1"]),
+    ("--lr 1e-3", lambda log, base: log[0]["l1"] == base[0]["l1"] and log[1]["l1"] != base[1]["l1"]),
+    ("--disc patch", lambda log, base: {"adv", "disc", "logits_real", "logits_fake"} <= log[0].keys()),
+    ("--disc patch --disc-loss logistic --disc-weight 0.5",
+     lambda log, base: abs(log[0]["disc"] - math.log(2)) < 0.2 and log[0]["disc_weight"] == 0.5),
+    ("--l1-weight 0 --l2-weight 3 --wavelet-weight 0 --gaussian-weight 0 --kl-weight 2",
+     lambda log, base: "l1" not in log[0] and "wavelet" not in log[0] and "gaussian" not in log[0]
+     and log[0]["loss"] == pytest.approx(3 * log[0]["l2"] + 2 * log[0]["kl"])),
+    ("--log-every 2", lambda log, base: log == base[1:]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, holds", LOGS, ids=[row[0] for row in LOGS])
+def test_flags_that_show_in_the_log(train_run, base, flags, holds):
+    """Each does in the first two log lines what it says; a switch turned off is no switch."""
+    assert holds(train_run(flags).steps, base.steps)
+
+
+def test_bf16(train_run):
+    """Autocast to bf16 changes the numbers by less than 1%; all that is saved stays fp32."""
+    flags = "--disc patch --steps 1 --batch-size 1 --val-count 1"
+    run, exact = train_run(f"{flags} --precision bf16"), train_run(f"{flags} --out exact")
+    for name in ("loss", "l1", "disc"):
+        assert 0 < abs(run.steps[0][name] / exact.steps[0][name] - 1) < 0.01, name
+    state = run.state()
+    slots = [slot for name in OPTIMIZERS for slot in state[name]["state"].values()]
+    tensors = [tensor for part in (*(state[name] for name in NETS), *slots) for tensor in part.values()]
+    assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.float32}
+
+
+def test_validation_data(train_run, tmp_path, capsys):
+    """--val-data is what is validated on, --val-count of it, each --eval-every steps and at the end."""
+    write_images(tmp_path / "own", [f"{i}.png" for i in range(6)], side=32)
+    run = train_run("--val-data own --val-count 5 --eval-every 2 --steps 5")
+    assert "validation: 5 images of own" in capsys.readouterr().out
+    assert [line["step"] for line in run.lines if "val_psnr" in line] == [2, 4, 5]
+
+
+def test_lpips_from_a_file(train_run, tmp_path):
+    """--vgg-file: with VGG16 weights at hand, here random ones, --lpips-weight counts in the loss."""
+    torch.manual_seed(0)
+    weights = make_layers(cfgs["D"]).state_dict()
+    torch.save({f"features.{name}": w for name, w in weights.items()}, tmp_path / "vgg.pth")
+    line = train_run("--lpips-weight 2 --vgg-file vgg.pth --steps 1").steps[0]
+    rest = line["l1"] + line["wavelet"] + 0.5 * line["gaussian"] + 6.25e-8 * line["kl"]
+    assert line["lpips"] > 0 and line["loss"] == pytest.approx(rest + 2 * line["lpips"])
+
+
+def test_compile(train_run, base, monkeypatch):
+    """--compile traces the whole forward pass and leaves numbers and names in checkpoints as they were.
+
+    Traced and differentiated, but not made into C++: inductor takes minutes on a CPU.
+    """
+    traced = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", traced)
+    run = train_run("--compile")
+    assert run.lines == [pytest.approx(line, rel=1e-5) for line in base.lines]
+    assert run.state()["model"].keys() == base.state()["model"].keys()
+
+
+# ---- what a user can get wrong -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(tmp_path, parent) -> Path:
+    """A checkpoint, damaged ones, a folder without images and one whose images are all broken."""
+    shutil.copy(parent.folder / "ckpt.pt", tmp_path / "good.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "good.pt").read_bytes()[:100_000])
+    (tmp_path / "text.pt").write_text("# not a checkpoint\n")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    for i in range(3):
+        (tmp_path / f"broken/{i}.png").write_bytes(b"")
+    return tmp_path
+
+
+UNET = "--data synthetic --res 64 --disc unet-s --conv1x1"
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ("", "no folder datasets/imagenet/train; set IMAGENET"),
+    ("", "--data synthetic (needs no files)"),
+    ("--data missing", "no 'missing'; give folders"),
+    ("--data empty", "data source 'empty' holds no image"),
+    ("--data text.pt", "is no folder, .tar, .zip or image"),
+    ("--data broken --val-data synthetic", "3 broken images in a row"),
+    ("--data synthetic --val-data missing", "no 'missing'; give folders"),
+    ("--data synthetic --val-data broken", "validation images broken: the first are all broken"),
+    ("--data synthetic --freeze-encoder", "give a trained one with --init CKPT"),
+    ("--data synthetic --adaptive-weight", "--adaptive-weight needs a discriminator, got --disc none"),
+    ("--data synthetic --ema-decay 1", "--ema-decay must be below 1, got 1.0"),
+    (f"{UNET} --resume good.pt --freeze-encoder", "freeze_encoder=False, the flags ask for True"),
+    ("--data synthetic --rescale 0.5 1", "rescale is 0.5 1.0, but must be 1 <= low <= high"),
+    ("--data synthetic --res 100", "--res 100 is not divisible by the downsample factor 8"),
+    ("--data synthetic --res 40 --levels 4", "--res 40 is not divisible by the downsample factor 16"),
+    ("--data synthetic --res 8", "--res 8 is below 16"),
+    ("--data synthetic --res 96 --disc unet-s", "takes multiples of 64 pixels, at least 64, got 96x96"),
+    ("--data synthetic --res 16 --disc patch", "takes multiples of 8 pixels, at least 32, got 16x16"),
+    ("--data synthetic --cutmix 1 --disc patch", "--cutmix needs pixel logits, got --disc patch"),
+    ("--data synthetic --cutmix 1", "--cutmix needs pixel logits, got --disc none"),
+    ("--data synthetic --l1-weight 0", "--l1-weight or --l2-weight must be above 0"),
+    ("--data synthetic --device tpu", "no device 'tpu'"),
+    ("--data synthetic --lpips-weight 1 --vgg-file missing.pth", "needs VGG16 weights and could not load"),
+    ("--data synthetic --out text.pt", "text.pt"),
+    (f"{UNET} --resume missing.pt", "no checkpoint at missing.pt"),
+    (f"{UNET} --resume cut.pt", "cut.pt is damaged or no checkpoint"),
+    (f"{UNET} --init text.pt", "text.pt is damaged or no checkpoint"),
+    (f"{UNET} --init good.pt --scale B", "extractor_channels=16, the flags ask for 32"),
+    (f"{UNET} --init good.pt --no-conv1x1", "conv1x1=True, the flags ask for False"),
+    (f"{UNET} --resume good.pt --dec-channels 16", "decoder_channels=8, the flags ask for 16"),
+    (f"{UNET} --resume good.pt --disc none", "disc=unet-s, the flags ask for none"),
+])  # fmt: skip
+def test_user_errors(place, refused, flags, expected):
+    """Each is one line and exit code 2 before anything is written."""
+    assert expected in refused("train", f"{SMALL} {flags}")
+
+
+def test_lpips_without_network(refused, monkeypatch, tmp_path_factory):
+    """No VGG16 file and no network: one line with the file, where it was looked for, and both ways out."""
+    def no_network(*args, **kwargs):
+        raise OSError("Name or service not known")
+
+    home = tmp_path_factory.mktemp("hub")
+    monkeypatch.setenv("TORCH_HOME", str(home))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    line = refused("train", f"--data synthetic {SMALL} --lpips-weight 1")
+    file = f"{home}/hub/checkpoints/vgg16-397923af.pth"
+    for part in (file, "Name or service", "--vgg-file", "--lpips-weight 0"):
+        assert part in line
+
+
+def test_another_run_is_not_overwritten(place, refused):
+    """--resume of a checkpoint elsewhere does not go on in an --out that holds a run of its own."""
+    (place / "run").mkdir()
+    shutil.copy(place / "good.pt", place / "run/ckpt.pt")
+    line = refused("train", f"{UNET} {SMALL} --resume good.pt")
+    assert "run already holds another run than good.pt" in line
+
+
+def test_taken_out_is_refused(place, refused):
+    """An --out that holds a run is left as it is, and the line names both ways out."""
+    (place / "run").mkdir()
+    shutil.copy(place / "good.pt", place / "run/ckpt.pt")
+    before = (place / "run/ckpt.pt").read_bytes()
+    line = refused("train", f"{SMALL} {UNET}")
+    assert "run already holds a run" in line and "--resume" in line and "another --out" in line
+    assert "run already holds a run" in refused("train", f"{SMALL} {UNET} --init good.pt")
+    assert (place / "run/ckpt.pt").read_bytes() == before
