@@ -494,6 +494,13 @@ def train_loader(train_set: TrainSet, batches: GlobalBatchSampler, num_workers: 
 
 def val_loader(val_set: ValSet, batch_size: int, num_workers: int, device: torch.device | str, rank: int,
                world: int) -> DataLoader:
-    """Batches of every world-th image from `rank` on, unpadded: over all ranks each image is seen once."""
+    """Batches of every world-th image from `rank` on, unpadded: over all ranks each image is seen once.
+
+    Reads the first images at once, until one is good: if eight are broken, raises ValueError here.
+    """
+    first = (val_set[i] for i in range(min(8, len(val_set))))
+    if all(image is None for image, _ in first):
+        raise ValueError(f"data source {val_set.source.spec!r}: the first images to validate on are all "
+                         f"broken, {val_set[0][1][0]}; repair them or give others")
     shard = range(rank, len(val_set), world)
     return _loader(val_set, num_workers, device, batch_size=batch_size, sampler=shard)

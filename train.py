@@ -270,8 +270,6 @@ def open_data(args: argparse.Namespace) -> tuple[data.TrainSet, data.ValSet]:
     train_set = data.TrainSet(source, args.res, args.seed, tuple(args.rescale), channels=args.in_channels)
     val_set = data.ValSet(val_source, args.res, args.val_count, channels=args.in_channels)
     val_name = val_spec or f"{spec}, held out"
-    if all(val_set[i][0] is None for i in range(min(8, len(val_set)))):
-        raise ValueError(f"validation images {val_name}: the first are all broken, {val_set[0][1][0]}")
     print0(f"data: {len(source):,} images of {spec}; validation: {len(val_set):,} images of {val_name}")
     return train_set, val_set
 
