@@ -10,6 +10,8 @@ spectral norm runs when `update_spectral_norm` is called (once per discriminator
 pass. PatchGAN: nothing; its batch norm statistics are those of each process.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -141,7 +143,7 @@ class UNetDiscriminator(nn.Module):
         super().__init__()
         down = [in_channels, *(width * m for m in self.DOWN)]
         self.down = nn.ModuleList(
-            DownBlock(a, b, first=i == 0) for i, (a, b) in enumerate(zip(down, down[1:], strict=False))
+            DownBlock(a, b, first=i == 0) for i, (a, b) in enumerate(pairwise(down))
         )
         self.image_head = SpectralConv2d(down[-1], 1, 1)
         self.up = nn.ModuleList()
