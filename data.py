@@ -277,7 +277,11 @@ def _index_folder(root: str) -> list[tuple[str, int, int]]:
 
 def _index_tar(path: str) -> list[tuple[str, int, int]]:
     members = []
-    with tarfile.open(path, "r:") as tar:
+    try:
+        tar = tarfile.open(path, "r:")
+    except tarfile.ReadError as error:    # its words differ with the bytes it met
+        raise ValueError(f"{path!r} is no plain .tar ({error}); unpack it, or make it again") from error
+    with tar:
         for member in tar:
             if member.isfile() and _is_image(member.name):
                 members.append((member.name, member.offset_data, member.size))

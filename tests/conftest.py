@@ -17,7 +17,7 @@ from synthetic import dead_leaves
 ROOT = Path(__file__).parents[1]
 # one of the smallest runs there are: 1.1M parameters, half a second
 SMALL = ("--scale S --dec-channels 8 --dec-blocks 1 --res 32 --disc none --lpips-weight 0 --steps 2 "
-         "--warmup 0 --clip 0 --batch-size 2 --num-workers 0 --val-count 4 --log-every 1 --device cpu "
+         "--warmup 0 --clip 0 --batch-size 2 --num-workers 0 --val-count 2 --log-every 1 --device cpu "
          "--precision fp32 --out run")
 
 

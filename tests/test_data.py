@@ -379,11 +379,11 @@ def bad_sources(root: Path) -> dict[str, str]:
         f"{root}/cut-{{0..3}}.tar": "cut-0.tar",
         f"{root}/empty": "holds no image",
         f"{root}/notes.txt": "is no folder",
-        f"{root}/noise.tar": "header",
+        f"{root}/noise.tar": "noise.tar' is no plain .tar",
         f"{root}/noise.zip": "not a zip file",
         f"{root}/void.tar": "empty file",
         f"{cut}": "unexpected end",
-        f"{gz}": "header",
+        f"{gz}": "gz.tar' is no plain .tar",
         f"{bz}": "not deflated",
         f"{middle}": "is damaged at byte",
     }
