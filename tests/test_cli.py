@@ -30,7 +30,7 @@ def actions(script: str, monkeypatch) -> list[argparse.Action]:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_flag_is_read(script, monkeypatch):
+def test_fault_13_14_every_flag_is_read(script, monkeypatch):
     """Each parsed flag is read as args.NAME outside parse_args; nothing else is read of args."""
     tree = ast.parse((ROOT / f"{script}.py").read_text())
     functions = [node for node in tree.body if getattr(node, "name", "parse_args") != "parse_args"]

@@ -613,7 +613,7 @@ def test_rows_are_the_samples_in_the_global_batch():
         assert len(batches) == 2
 
 
-def test_resumed_sampler_goes_on_where_it_stopped():
+def test_fault_14_resumed_sampler_goes_on_where_it_stopped():
     """Steps 0..9 are steps 0..3 and then 4..9, and a finished run has none left."""
     def batches(start, steps):
         return list(GlobalBatchSampler(2, 3, 1, 2, start, steps))
@@ -622,7 +622,7 @@ def test_resumed_sampler_goes_on_where_it_stopped():
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_validation_shards_hold_every_image_once(tmp_path, world):
+def test_fault_20_validation_shards_hold_every_image_once(tmp_path, world):
     """Seven images on 1, 2 or 3 ranks: none twice, none missing, no padding (peers A3 #20, #21)."""
     samples = ValSet(open_source(grey_folder(tmp_path / "grey", 7)), 16)
     seen = []
@@ -632,7 +632,7 @@ def test_validation_shards_hold_every_image_once(tmp_path, world):
     assert sorted(seen) == list(range(7))
 
 
-def test_validation_is_deterministic(tmp_path):
+def test_fault_18_validation_is_deterministic(tmp_path):
     """Two passes through 2 workers give the same crops in the same order (peers A3 #18)."""
     loader = data.val_loader(ValSet(open_source(str(write_tree(tmp_path))), 12), 4, 2, "cpu", 0, 1)
     first, second = ([batch for batch, _ in loader] for _ in range(2))

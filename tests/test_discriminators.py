@@ -120,7 +120,7 @@ def test_presets_take_any_channels():
 
 
 @pytest.mark.parametrize("height, width", [(64, 64), (128, 128), (256, 256), (320, 192)])
-def test_unet_output_shapes(height, width):
+def test_fault_11_unet_output_shapes(height, width):
     """A logit per pixel and one per image, at any multiple of 64 (PEERS.md A3 #11)."""
     pixel, image = unet()(images(2, 3, height, width))
     assert pixel.shape == (2, 1, height, width) and image.shape == (2, 1, 1, 1)

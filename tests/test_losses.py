@@ -118,7 +118,7 @@ def test_default_kl_weight_is_ldms():
 
 
 @pytest.mark.parametrize("term", IMAGE_TERMS)
-def test_image_terms_have_a_gradient_at_recon(term):
+def test_fault_01_image_terms_have_a_gradient_at_recon(term):
     """Non-zero and finite at (nearly) every pixel, and finite for identical images (PEERS.md A3 #1)."""
     x, recon = pair(2, 3, 16, 16)
     for target, nonzero in ((recon, 0.99), (x.clone(), 0.0)):
@@ -217,7 +217,7 @@ REAL = (torch.tensor([2.0, 0.0]), torch.tensor([-1.0]))
 FAKE = (torch.tensor([-2.0, 1.0]), torch.tensor([0.0]))
 
 
-def test_hinge_by_hand():
+def test_fault_09_hinge_by_hand():
     """Pixel head (mean(0, 1) + mean(0, 2)) / 2 = 0.75, image head (2 + 1) / 2 = 1.5, and their mean; so G."""
     assert losses.disc_loss("hinge", REAL[:1], FAKE[:1]).item() == 0.75
     assert losses.disc_loss("hinge", REAL, FAKE).item() == (0.75 + 1.5) / 2
@@ -225,7 +225,7 @@ def test_hinge_by_hand():
     assert losses.adv_loss("hinge", FAKE).item() == (0.5 + 0.0) / 2
 
 
-def test_logistic_equals_cross_entropy():
+def test_fault_09_14_logistic_equals_cross_entropy():
     """Binary cross-entropy on logits, real towards 1 and fake towards 0, halved; G: fake towards 1."""
     bce = lambda logits, y: F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, y))  # noqa: E731
     heads = [0.5 * (bce(real, 1.0) + bce(fake, 0.0)) for real, fake in zip(REAL, FAKE, strict=True)]
@@ -408,7 +408,7 @@ def test_lpips_stays_frozen_in_eval_mode(perceptual):
     assert torch.equal(perceptual(x, recon), perceptual(x, recon))
 
 
-def test_lpips_has_a_gradient_at_recon(perceptual):
+def test_fault_01_lpips_has_a_gradient_at_recon(perceptual):
     """At every pixel of recon, and finite too where a feature vector is dead (its length has no slope)."""
     x, recon = pair(2, 3, 16, 16)
     recon.requires_grad_()

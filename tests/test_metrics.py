@@ -41,7 +41,7 @@ def scikit_ssim(x: np.ndarray, y: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 32, 47), (1, 1, 11, 11), (2, 4, 16, 11)])
-def test_psnr_and_ssim_equal_scikit_image(shape):
+def test_fault_15_16_psnr_and_ssim_equal_scikit_image(shape):
     """Per image, for any channel count and down to a single window."""
     a, b = random_pair(*shape)
     for i, (x, y) in enumerate(zip(a.numpy(), b.numpy(), strict=True)):
@@ -64,7 +64,7 @@ def test_ssim_by_hand():
     assert metrics.ssim(white, white).item() == pytest.approx(1.0, abs=1e-12)
 
 
-def test_to_uint8_undoes_the_normalisation():
+def test_fault_17_to_uint8_undoes_the_normalisation():
     """Every level comes back from fp32, bf16 and fp16; what lies outside [-1, 1] is clamped."""
     levels = torch.arange(256, dtype=torch.uint8)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -150,7 +150,7 @@ def worker(rank: int, port: int, folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(result))
 
 
-def test_two_processes_give_the_numbers_of_one(tmp_path):
+def test_fault_21_two_processes_give_the_numbers_of_one(tmp_path):
     """Shards of 4 and 3 images: both report the mean over 7, which is not the mean of the two means."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -90,7 +90,7 @@ def test_reconstruction_is_perfect(wavelet, mode):
 
 
 @pytest.mark.parametrize("wavelet", wavelets.FILTERS)
-def test_periodization_is_an_orthogonal_matrix(wavelet):
+def test_fault_12_periodization_is_an_orthogonal_matrix(wavelet):
     """W W^T = I on 6 x 4 pixels (most filters wrap around them more than once), so energy is kept."""
     eye = torch.eye(24, dtype=torch.float64)
     matrix = dwt2(eye.view(24, 1, 6, 4), wavelet).flatten(1)  # row k is the transform of pixel k
@@ -131,7 +131,7 @@ def test_bands_are_grouped_over_channels():
 
 @pytest.mark.parametrize("mode", wavelets.MODES)
 @pytest.mark.parametrize("wavelet, size", [("haar", 4), ("haar", 3), ("db2", 8)])
-def test_gradients(wavelet, size, mode):
+def test_fault_10_gradients(wavelet, size, mode):
     """First and second derivatives of the transform and its inverse pass torch's numerical check."""
     x = randn(1, 1, size, size).requires_grad_()
     bands = dwt2(x, wavelet, mode).detach().requires_grad_()
