@@ -1,13 +1,16 @@
 """Checkpoints: one dict of plain types and tensors, written so that a crash never leaves half a file.
 
-    step, config (model.AutoencoderConfig as a dict), args (the flags), model, ema, disc, opt, opt_disc,
-    versions
+    step, config (model.AutoencoderConfig as a dict), args (the flags), versions, git, data, parent,
+    model, ema, disc, opt, opt_disc
 
 `torch.load(path, weights_only=True)` reads it. `load_model` rebuilds the network from the config inside, so
-nobody repeats architecture flags.
+nobody repeats architecture flags. A file for inference has the first line and ema (or model) alone.
 """
 
 import os
+import subprocess
+import zipfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,26 +22,49 @@ from model import Autoencoder, AutoencoderConfig
 def save(folder: Path, state: dict, keep: int) -> None:
     """Write folder/ckpt.pt (rank 0 calls this); `keep` older ones stay beside it as ckpt-<step>.pt.
 
-    The file is written under a temporary name, flushed to disk and renamed, so ckpt.pt is always a whole one.
+    Raises OSError if the disk is full; the older files are then as they were.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path, temporary = folder / "ckpt.pt", folder / "ckpt.tmp"
+    path = folder / "ckpt.pt"
+    if keep == 0:
+        return write(path, state)
+    numbered, newest = folder / f"ckpt-{state['step']:08d}.pt", folder / "newest.tmp"
+    write(numbered, state)
+    newest.unlink(missing_ok=True)
+    os.link(numbered, newest)                             # one file under two names takes its space once
+    os.replace(newest, path)
+    written = sorted(numbered_files(folder), key=lambda path: path.stat().st_mtime)
+    for old in written[: -keep - 1]:                      # the newest is ckpt.pt under a second name
+        old.unlink()
+
+
+def save_weights(path: Path, state: dict) -> None:
+    """The small file for inference: the averaged weights (the others where there is no average) alone."""
+    parts = ("model", "ema", "disc", "opt", "opt_disc", "best")
+    about = {name: value for name, value in state.items() if name not in parts}
+    weights = "model" if state["ema"] is None else "ema"
+    write(path, about | {weights: state[weights]})
+
+
+def write(path: Path, state: dict) -> None:
+    """torch.save that is whole or absent: a temporary name, flushed to the disk, then renamed."""
+    temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:                 # how torch reports a write that failed
+                raise OSError(f"cannot write {path}: {error.__context__ or error}") from error
             file.flush()
             os.fsync(file.fileno())
-        if keep > 0:
-            numbered = folder / f"ckpt-{state['step']:08d}.pt"
-            numbered.unlink(missing_ok=True)
-            os.link(temporary, numbered)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    if keep > 0:
-        numbered = sorted(folder.glob("ckpt-" + 8 * "[0-9]" + ".pt"), key=lambda path: path.stat().st_mtime)
-        for old in numbered[: -keep - 1]:                 # the newest is ckpt.pt under a second name
-            old.unlink()
+
+
+def numbered_files(folder: Path) -> list[Path]:
+    """ckpt-<step>.pt of a folder, by step; names that are not ours are left alone."""
+    return sorted(folder.glob("ckpt-" + 8 * "[0-9]" + ".pt"))
 
 
 def load(path: str | Path) -> dict:
@@ -47,22 +73,57 @@ def load(path: str | Path) -> dict:
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}")
     try:
+        with zipfile.ZipFile(path) as archive:            # torch.load itself checks no CRC
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} is not what was written")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:      # on damaged bytes the unpickler raises nearly every type
         reason = str(error).split("\n")[0].split(". ")[0][:120]
         raise ValueError(f"{path} is damaged or no checkpoint ({reason}): use an older one") from error
-    if not isinstance(state, dict) or not {"step", "config", "args", "model"} <= state.keys():
-        raise ValueError(f"{path} is not a checkpoint of train.py: step, config, args or model is missing")
+    known = isinstance(state, dict) and {"step", "config", "args"} <= state.keys()
+    if not known or not {"model", "ema"} & state.keys():
+        raise ValueError(f"{path} is not a checkpoint of train.py: step, config, args or weights are missing")
     return state
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of a run that loads, and what was wrong with newer ones, a line each.
+
+    (None, []) if there is none at all; raises ValueError if there are some and none loads.
+    """
+    damaged: list[str] = []
+    for path in candidates(folder):
+        try:
+            load(path)
+        except ValueError as error:
+            damaged.append(str(error))
+        else:
+            return path, damaged
+    if damaged:
+        raise ValueError(f"{damaged[0]}, but {folder} has none that loads: choose another --out")
+    return None, []
+
+
+def candidates(folder: Path) -> Iterator[Path]:
+    """ckpt.pt, then the numbered ones from the newest on, without its second name."""
+    path = folder / "ckpt.pt"
+    if path.exists():
+        yield path
+    for numbered in reversed(numbered_files(folder)):
+        if not path.exists() or not numbered.samefile(path):
+            yield numbered
 
 
 def load_model(path: str | Path, raw: bool = False) -> tuple[Autoencoder, dict]:
     """The autoencoder of a checkpoint, in eval mode, and the checkpoint itself.
 
-    EMA weights where the checkpoint has them, unless `raw`. Raises ValueError as `load` does.
+    EMA weights where the checkpoint has them, unless `raw`. Raises ValueError as `load` does, and for `raw`
+    on a file of averaged weights alone.
     """
     state = load(path)
     model = Autoencoder(to_config(state, path))
+    if raw and "model" not in state:
+        raise ValueError(f"{path} has the averaged weights alone: --raw needs a ckpt.pt")
     weights = state["model"] if raw or state.get("ema") is None else state["ema"]
     load_weights(model, weights, path)
     return model.eval(), state
@@ -98,3 +159,13 @@ def check_config(state: dict, config: AutoencoderConfig, path: str | Path) -> No
                 f"{path} was trained with {name}={saved[name]}, the flags ask for {wanted[name]}: "
                 f"use the same architecture flags, or start afresh in another --out"
             )
+
+
+def git_hash() -> str | None:
+    """The commit of this repository, with a + if files differ from it; None without git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    try:
+        done = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None

@@ -44,6 +44,10 @@ class BrokenImage(ValueError):
     """A file that cannot be used as an image; the message says why in one line."""
 
 
+class NoImages(ValueError):
+    """So many broken images in a row that there is nothing to train on."""
+
+
 # ---- one image ---------------------------------------------------------------------------------------------
 
 
@@ -159,7 +163,7 @@ class FileSource:
         root, offset, size = self.table[i].tolist()
         try:
             if offset < 0:
-                data = Path(self.path(i)).read_bytes()
+                data = _read_file(self.path(i))
             else:
                 data = _read_member(os.path.join(*self.roots[root]), offset, size)
         except (OSError, zlib.error) as error:
@@ -301,6 +305,12 @@ def _index_zip(path: str) -> list[tuple[str, int, int]]:
     return [(member.filename, member.header_offset, member.compress_size) for member in members]
 
 
+def _read_file(path: str) -> bytes:
+    if not os.path.exists(path) or os.path.isfile(path):
+        return Path(path).read_bytes()
+    raise BrokenImage("not a regular file")    # a named pipe would be waited for without end
+
+
 def _read_member(archive: str, offset: int, size: int) -> bytes:
     """Bytes of a tar or zip member, without a ZipFile, which takes 1 kB per member in each worker."""
     with open(archive, "rb") as file:
@@ -312,6 +322,17 @@ def _read_member(archive: str, offset: int, size: int) -> bytes:
         file.seek(name + extra, os.SEEK_CUR)
         data = file.read(size)
         return zlib.decompress(data, -zlib.MAX_WBITS) if method == zipfile.ZIP_DEFLATED else data
+
+
+def summary(source: Source) -> dict[str, str | int]:
+    """What a checkpoint says of its data: the --data value, how many images, a hash of their names."""
+    about = {"spec": source.spec, "images": len(source)}
+    if isinstance(source, FileSource):
+        names = hashlib.blake2b(digest_size=16)
+        for i in range(len(source)):
+            names.update(os.fsencode(source.name(i)) + b"\0")
+        about["names"] = names.hexdigest()
+    return about
 
 
 # ---- what to train and validate on -------------------------------------------------------------------------
@@ -368,7 +389,7 @@ class TrainSet(Dataset):
 
     rescale: (lo, hi), the short side is uniform in [lo * res, hi * res] before the res x res crop.
     Item: (uint8 (channels, res, res), messages on the broken files that gave way to it). Raises ValueError on
-    a rescale below 1, and when MAX_TRIES files in a row are broken.
+    a rescale below 1, NoImages when MAX_TRIES files in a row are broken.
     """
 
     def __init__(self, source: Source, res: int, seed: int, rescale: tuple[float, float] = (1, 1),
@@ -401,7 +422,7 @@ class TrainSet(Dataset):
                 return self._sample(index, k), tuple(broken)
             except BrokenImage as error:
                 broken.append(f"{self.source.path(index)}: {error}")
-        raise ValueError(f"data source {self.source.spec!r}: {len(broken)} broken images in a row, the last "
+        raise NoImages(f"data source {self.source.spec!r}: {len(broken)} broken images in a row, the last "
                          f"is {broken[-1]}; repair them or give other data")
 
 
@@ -475,8 +496,9 @@ def report_broken(batches: Iterable[tuple[Tensor, list[str]]], seen: set[str]) -
 
 
 def _start_worker(worker: int) -> None:
-    """Ctrl-C reaches every process of the group; the trainer alone answers it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C and a job's end reach every process; the trainer alone answers, and a worker ends with it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _loader(dataset: Dataset, num_workers: int, device: torch.device | str, **batching) -> DataLoader:

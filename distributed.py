@@ -81,6 +81,14 @@ def mean(tensor: Tensor) -> Tensor:
     return sum_(tensor.detach().clone()) / world_size()
 
 
+def gather(obj: Any) -> list[Any]:
+    """The object of each process, by rank; anything that can be pickled."""
+    boxes = [obj] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(boxes, obj)
+    return boxes
+
+
 def broadcast_object(obj: Any) -> Any:
     """Rank 0's object, on every process; anything that can be pickled."""
     box = [obj]

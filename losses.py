@@ -103,6 +103,17 @@ def disc_loss(kind: str, logits_real: tuple[Tensor, ...], logits_fake: tuple[Ten
     return sum(terms) / len(terms)
 
 
+def disc_health(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+    """What to watch a discriminator by, from its logits: means, their gap, and the share it gets right."""
+    real, fake = real.detach().float(), fake.detach().float()
+    return {
+        "logits_real": real.mean(),
+        "logits_fake": fake.mean(),
+        "logit_gap": real.mean() - fake.mean(),
+        "disc_accuracy": ((real > 0).float().mean() + (fake < 0).float().mean()) / 2,
+    }
+
+
 def adv_loss(kind: str, logits_fake: tuple[Tensor, ...]) -> Tensor:
     """What the autoencoder minimises: hinge: -mean D(recon); logistic: mean softplus(-D(recon)).
 

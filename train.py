@@ -6,14 +6,20 @@
 Both networks step in every step: the autoencoder on reconstruction, KL and adversarial terms with constant
 weights (paper Sec. 4.2), then the discriminator on the same images. A "step" is one update of the
 autoencoder, over batch-size x accumulate x processes images. All that is random is a pure function of (seed,
-step, sample).
+step, sample), so the step alone resumes a run, bit for bit.
+
+Exit codes: 0 done, 1 the run failed, 2 the set-up was refused, 75 stopped by SIGTERM, SIGINT or SIGUSR1 after
+the step at hand and saved: the same command with --resume goes on. A second SIGINT ends at once.
 """
 
 import argparse
 import copy
 import json
 import math
-from contextlib import nullcontext
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -48,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="DIR", help="checkpoints and logs (default: out/<model>-<res>)")
     add("--resume", nargs="?", const="latest", metavar="CKPT",
-        help="go on from CKPT; alone: from <out>/ckpt.pt, or from step 0 if there is none")
+        help="go on from CKPT; alone: from the newest good one in --out, or from step 0 if there is none")
     add("--init", metavar="CKPT",
         help="new phase: weights of model, EMA and discriminator, fresh optimizers, step 0")
     add("--seed", type=cli.natural, default=0, help="of weights, data order, crops and noise")
@@ -120,7 +126,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--log-every", type=cli.positive, default=50, help="steps")
     add("--eval-every", type=cli.positive, default=5000, help="steps; the last step always evaluates")
     add("--save-every", type=cli.positive, default=5000, help="steps; the last step always saves")
-    add("--keep", type=cli.natural, default=0, help="older checkpoints to keep beside ckpt.pt")
+    add("--keep", type=cli.natural, default=1, help="older checkpoints to keep beside ckpt.pt")
 
     args = parser.parse_args(argv)
     name = f"litevae-{args.scale.lower()}" if args.encoder == "litevae" else args.encoder
@@ -204,28 +210,78 @@ def pick_precision(flag: str, device: torch.device) -> str:
 
 
 # ----------------------------------------------------------------------------
+# what can befall a run
+
+MAX_SKIPPED = 10       # ours: steps in a row that are not finite before the run ends
+STOPPED = 75           # exit code: EX_TEMPFAIL of sysexits.h, "try again later"
+
+
+def catch_signals() -> list[int]:
+    """The list into which stop signals go from now on, to be looked at between steps."""
+    received: list[int] = []
+
+    def take(number: int, _) -> None:
+        if received and number == signal.SIGINT:          # the user insists
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+        received.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, take)
+    return received
+
+
+@contextmanager
+def mishaps() -> Iterator[None]:
+    """Ends a run with one line and exit code 1 on a full disk, lost data or a dead loader process.
+
+    What else is raised in the loop is a defect of ours and shows its traceback.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        ours = isinstance(error, (OSError, data.NoImages)) or "DataLoader worker" in str(error)
+        if not ours:
+            raise
+        text = str(error).strip().splitlines()[-1].removeprefix("data.NoImages: ")
+        hint = "; lower --num-workers if memory ran out" if "killed by signal" in text else ""
+        print(f"[rank {distributed.rank()}] error: {text}{hint}; go on from the last checkpoint with "
+              "--resume", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+# ----------------------------------------------------------------------------
 # logging
 
 
 class Log:
-    """Scalars to <out>/log.jsonl and tensorboard, pictures to tensorboard; does nothing off rank 0."""
+    """Scalars to <out>/log.jsonl and tensorboard, pictures to tensorboard; does nothing off rank 0.
 
-    def __init__(self, folder: Path, start: int) -> None:
+    A run resumed after step `start` writes all later lines again, and validates there first if `validates`:
+    such lines of its first life are taken out, so that the file is the one of a run never interrupted.
+    """
+
+    def __init__(self, folder: Path, start: int, validates: bool) -> None:
         self.file = self.board = None
         if not distributed.is_main():
             return
         path, temporary = folder / "log.jsonl", folder / "log.tmp"
         old = path.read_text().splitlines(keepends=True) if path.exists() else []
         whole = [line for line in old if line.endswith("}\n")]           # a crash may cut the last one short
-        # a resumed run writes the lines after its step again
-        temporary.write_text("".join(line for line in whole if json.loads(line)["step"] <= start))
+        again = start - 1 if validates else start
+        stays = [line for line in whole if json.loads(line)["step"] <= (again if '"val_' in line else start)]
+        temporary.write_text("".join(stays))
         temporary.replace(path)
         self.file = open(path, "a", buffering=1)          # by line, so that a crash loses none
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
+    def line(self, step: int, values: dict) -> None:
         if self.file:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        self.line(step, values)
+        if self.board:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
 
@@ -290,40 +346,66 @@ def reconstruction_terms(args: argparse.Namespace, device: torch.device) -> list
 
 def find_start(args: argparse.Namespace, out: Path) -> tuple[str, Path | None]:
     """What to start from: ("resume" or "init", checkpoint) or ("", None); ValueError if --out is taken."""
-    latest = out / "ckpt.pt"
-    path = latest if args.resume == "latest" else Path(args.resume or "")
-    if args.resume and (args.resume != "latest" or latest.exists()):
-        if latest.exists() and path.resolve().parent != out.resolve():
+    taken = next(checkpoint.candidates(out), None)
+    if args.resume and args.resume != "latest":
+        path = Path(args.resume)
+        if taken and path.resolve().parent != out.resolve():
             raise ValueError(f"{out} already holds another run than {path}: choose another --out")
         return "resume", path
-    if latest.exists():
+    if args.resume and taken:
+        path, damaged = checkpoint.newest(out)
+        for line in damaged:
+            print0(f"note: {line}")
+        return "resume", path
+    if taken:
         raise ValueError(f"{out} already holds a run: go on with --resume, or choose another --out")
     if args.resume:
         print0(f"resume: nothing saved in {out} yet, starting at step 0")
     return ("init", Path(args.init)) if args.init else ("", None)
 
 
-def restore(how: str, path: Path, args: argparse.Namespace, nets: dict, optimizers: dict) -> int:
-    """Fill networks (and, on resume, optimizers) from a checkpoint; returns the step to start at."""
-    state = checkpoint.load(path)
-    checkpoint.check_config(state, nets["model"].config, path)
-    print0(f"{how}: {path}, step {state['step']}")
-    for name in ("disc", "freeze_encoder") if how == "resume" else ():
+def resume(state: dict, path: Path, args: argparse.Namespace, nets: dict, optimizers: dict) -> None:
+    """Fill everything from a checkpoint of the same run; flags that do not change the networks may differ."""
+    for name in ("disc", "freeze_encoder"):
         saved, wanted = state["args"][name], getattr(args, name)
         if saved != wanted:
             raise ValueError(f"{path} was trained with {name}={saved}, the flags ask for {wanted}")
+    if "opt" not in state:
+        raise ValueError(f"{path} has weights alone: start a new phase from it with --init")
+    for name, now in vars(args).items():
+        before = state["args"].get(name)
+        if before != now and name not in ("resume", "init"):
+            print0(f"resume: --{name.replace('_', '-')} was {before} and is now {now}")
     for name, net in nets.items():
-        if name == "disc" and net and state["args"]["disc"] != args.disc:
-            print0(f"init: {path} has --disc {state['args']['disc']}, {args.disc} starts afresh")
-        elif net:
+        if net:
             # a run without EMA can go on with one: it starts from the weights
             checkpoint.load_weights(net, state[name] or state["model"], path)
-    if how == "init":
-        return 0
     for name, optimizer in optimizers.items():
         if optimizer:
             optimizer.load_state_dict(state[name])
-    return state["step"]
+
+
+def init(state: dict, path: Path, args: argparse.Namespace, nets: dict) -> None:
+    """Fill the networks from a checkpoint of an earlier phase, or from a file of averaged weights alone."""
+    weights = {"model": state.get("model") or state["ema"], "ema": state.get("ema") or state["model"]}
+    for name in weights:
+        if nets[name]:
+            checkpoint.load_weights(nets[name], weights[name], path)
+    if nets["disc"] and state.get("disc") and state["args"]["disc"] == args.disc:
+        checkpoint.load_weights(nets["disc"], state["disc"], path)
+    elif nets["disc"]:
+        print0(f"init: the discriminator {args.disc} starts afresh, {path} has none of its kind")
+
+
+def provenance(how: str, state: dict | None, path: Path | None, train_set: data.TrainSet) -> dict:
+    """What a checkpoint says of where it came from: code, data, and the phase before (with its own)."""
+    parent = state.get("parent") if state else None
+    if how == "init":
+        about = {name: state.get(name) for name in ("step", "args", "versions", "git", "data", "parent")}
+        parent = {"path": str(path), **about}
+    versions = {"torch": str(torch.__version__), "numpy": np.__version__}
+    return {"versions": versions, "git": checkpoint.git_hash(), "data": data.summary(train_set.source),
+            "parent": parent}
 
 
 def adam(params: list[nn.Parameter], lr: float) -> torch.optim.Adam:
@@ -334,9 +416,8 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def wrap(module: nn.Module, compiled: bool) -> nn.Module:
-    """What the training forward calls: compiled, then in DDP. The bare module keeps saving, EMA and eval."""
-    module = torch.compile(module) if compiled else module
+def wrap(module: nn.Module) -> nn.Module:
+    """In DDP, for whoever's gradients are wanted. The bare module keeps saving, EMA and eval."""
     return DDP(module, broadcast_buffers=False) if distributed.world_size() > 1 else module
 
 
@@ -346,8 +427,11 @@ def no_sync(module: nn.Module, last: bool):
 
 
 @torch.no_grad()
-def validate(step: int, nets: dict, val_loader, broken: set, device, autocast, log: Log) -> None:
-    """PSNR and SSIM of raw and EMA weights over all ranks' images; pictures from rank 0's first batch."""
+def validate(step: int, nets: dict, val_loader, broken: set, device, autocast, log: Log) -> float:
+    """PSNR and SSIM of raw and EMA weights over all ranks' images; pictures from rank 0's first batch.
+
+    Returns the PSNR that best.pt goes by: of the EMA weights where there are some.
+    """
     scores = {}
     for suffix, net in (("", nets["model"]), ("_ema", nets["ema"])):
         if net:
@@ -355,20 +439,20 @@ def validate(step: int, nets: dict, val_loader, broken: set, device, autocast, l
             scores[f"val_psnr{suffix}"], scores[f"val_ssim{suffix}"] = result["psnr"], result["ssim"]
     log.scalars(step, scores)
     print0(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-    if not distributed.is_main():
-        return
-    batch, _ = next(iter(val_loader))                     # rank 0 has the first image
+    batch = next(iter(val_loader))[0] if distributed.is_main() else ()    # rank 0 has the first image
     if len(batch):
         x = data.to_float(batch[:8].to(device))
         with autocast:
             recon, posterior = (nets["ema"] or nets["model"])(x)
         log.pictures(step, x, recon.float(), posterior.mean)
+    return scores.get("val_psnr_ema", scores["val_psnr"])
 
 
 # ----------------------------------------------------------------------------
 # the story
 
 
+@mishaps()
 def main() -> None:
     args = parse_args()
     with cli.user_errors():
@@ -403,7 +487,25 @@ def main() -> None:
         opt_disc = adam(trainable(disc), args.disc_lr) if disc else None
         nets = {"model": model, "ema": ema, "disc": disc}
         optimizers = {"opt": opt, "opt_disc": opt_disc}
-        start = restore(how, start_path, args, nets, optimizers) if how else 0
+
+        # what is there already
+        state, start = None, 0
+        if how:
+            state = checkpoint.load(start_path)
+            checkpoint.check_config(state, config, start_path)
+            print0(f"{how}: {start_path}, step {state['step']}")
+        if how == "resume":
+            resume(state, start_path, args, nets, optimizers)
+            start = state["step"]
+        elif how == "init":
+            init(state, start_path, args, nets)
+        if start >= args.steps:
+            print0(f"done: {start_path} has {start} of --steps {args.steps}")
+            return distributed.cleanup()
+        best = state["best"] if how == "resume" else -math.inf             # PSNR of best.pt
+        about = {"config": asdict(config), "args": vars(args)}
+        about |= distributed.from_main(lambda: provenance(how, state, start_path, train_set))
+        state = None                                      # the networks have copies
 
         # loaders
         batches = data.GlobalBatchSampler(
@@ -414,7 +516,7 @@ def main() -> None:
             val_set, args.batch_size, args.num_workers, device, distributed.rank(), world
         )
         out.mkdir(parents=True, exist_ok=True)
-        log = Log(out, start)
+        log = Log(out, start, start % args.eval_every == 0)
 
     global_batch = args.batch_size * args.accumulate * world
     print0(f"parameters: encoder {count_parameters(model.encoder):,}, decoder "
@@ -423,27 +525,37 @@ def main() -> None:
     print0(f"device: {device}, {precision}, {'compiled' if compiled else 'eager'}; output: {out}")
 
     # wrap last and once: model, ema and disc stay bare, so that no state dict ever sees a prefix
-    ddp_model = wrap(model, compiled)
-    ddp_disc = wrap(disc, compiled) if disc else None
+    ddp_model = wrap(torch.compile(model) if compiled else model)
+    fast_disc = torch.compile(disc) if compiled and disc else disc
+    ddp_disc = wrap(fast_disc) if disc else None
     latent_shape = (config.latent_channels, *[args.res // config.downsample_factor] * 2)
     ema_params, params = list(ema.parameters()) if ema else [], list(model.parameters())
     broken: set[str] = set()                              # files named so far
     train_batches = data.report_broken(train_loader, broken)
+    skipped, stopping, received = 0, False, catch_signals()
     bar = tqdm(range(start, args.steps + 1), initial=start, total=args.steps, dynamic_ncols=True,
                disable=not distributed.is_main())
 
     for step in bar:                                      # one turn more than updates: evaluate, save, stop
         last = step == args.steps
 
-        # save on rank 0, evaluate on all ranks
-        if step > start and (last or step % args.save_every == 0) and distributed.is_main():
-            versions = {"torch": str(torch.__version__), "numpy": np.__version__}
-            state = {"step": step, "config": asdict(config), "args": vars(args), "versions": versions}
+        # save on rank 0 (weights that gave no finite step are not worth it), evaluate on all ranks
+        due = last or stopping or step % args.save_every == 0 and not skipped
+        if step > start and due and distributed.is_main():
+            state = {"step": step, "best": best, **about}
             for name, part in {**nets, **optimizers}.items():
                 state[name] = part.state_dict() if part else None
             checkpoint.save(out, state, args.keep)
-        if step > start and (last or step % args.eval_every == 0):
-            validate(step, nets, val_loader, broken, device, autocast, log)
+            checkpoint.save_weights(out / "model.pt", state)
+        if stopping:
+            break
+        if step > 0 and (last or step % args.eval_every == 0):     # a resumed run does it again, see Log
+            score = validate(step, nets, val_loader, broken, device, autocast, log)
+            if score > best and distributed.is_main():
+                best = score
+                state = {"step": step, **about, "val_psnr": best, "model": model.state_dict(),
+                         "ema": ema.state_dict() if ema else None}
+                checkpoint.save_weights(out / "best.pt", state)
         if last:
             break
 
@@ -453,10 +565,11 @@ def main() -> None:
         train_disc = disc is not None and step >= args.disc_start
         adversarial = train_disc and step >= args.disc_start + args.disc_warmup
         noise = torch.randn(global_batch, *latent_shape, generator=seeded(args.seed, step, NOISE))
+        log_now = (step + 1) % args.log_every == 0 or step + 1 == args.steps
         logged: dict[str, Tensor] = {}                    # means over micro-batches, on the device
         pairs = []                                        # (x, recon) per micro-batch, for the discriminator
 
-        # 1. autoencoder: minimise reconstruction + kl KL + disc adversarial
+        # 1. gradients of the autoencoder: reconstruction + kl KL + disc adversarial
         if disc:
             disc.requires_grad_(False)                    # no discriminator gradient comes of this half
         for micro in range(args.accumulate):
@@ -471,28 +584,23 @@ def main() -> None:
                     parts["kl"] = losses.kl_loss(*posterior)
                     parts["loss"] = rec + args.kl_weight * parts["kl"]
                     if adversarial:
-                        parts["adv"] = losses.adv_loss(args.disc_loss, disc(recon))
+                        parts["adv"] = losses.adv_loss(args.disc_loss, fast_disc(recon))
                         weight = torch.tensor(args.disc_weight, device=device)
-                        if args.adaptive_weight:
+                        if args.adaptive_weight or log_now:       # paper Fig. 7 shows what it would be
                             grads = [losses.last_layer_gradient(part, recon, features, model.decoder)
                                      for part in (rec, parts["adv"])]
-                            weight = weight * losses.adaptive_weight(*map(distributed.mean, grads))
-                        parts["disc_weight"] = weight
-                        parts["loss"] = parts["loss"] + weight * parts["adv"]
+                            adaptive = weight * losses.adaptive_weight(*map(distributed.mean, grads))
+                            parts["adaptive_weight"] = adaptive
+                        parts["disc_weight"] = adaptive if args.adaptive_weight else weight
+                        parts["loss"] = parts["loss"] + parts["disc_weight"] * parts["adv"]
                 (parts["loss"] / args.accumulate).backward()
             pairs.append((x, recon.detach()))
             parts["mse"] = losses.l2_loss(*pairs[-1])
             for name, part in parts.items():
                 logged[name] = logged.get(name, 0) + part.detach() / args.accumulate
         logged["grad_norm"] = nn.utils.clip_grad_norm_(trainable(model), args.clip or math.inf)
-        opt.step()
-        opt.zero_grad(set_to_none=True)
-        if ema:
-            # a new phase inherits an average; a random start is better forgotten
-            decay = args.ema_decay if args.init else ema_decay(step, args.ema_decay)
-            get_ema_multi_avg_fn(decay)(ema_params, params, step)
 
-        # 2. discriminator: minimise its loss on (x, recon), recon from before the update
+        # 2. gradients of the discriminator: its loss on the same x and recon
         if train_disc:
             opt_disc.param_groups[0]["lr"] = args.disc_lr * factor
             disc.requires_grad_(True)
@@ -510,30 +618,55 @@ def main() -> None:
                             parts["cutmix"] = losses.cutmix_loss(mask, mixed[0], real[0], fake[0])
                         loss = parts["disc"] + args.cutmix * parts.get("cutmix", 0)
                     (loss / args.accumulate).backward()
-                parts["logits_real"], parts["logits_fake"] = real[0].float().mean(), fake[0].float().mean()
+                parts |= losses.disc_health(real[0], fake[0])
                 for name, part in parts.items():
                     logged[name] = logged.get(name, 0) + part.detach() / args.accumulate
             logged["disc_grad_norm"] = nn.utils.clip_grad_norm_(trainable(disc), args.clip or math.inf)
-            opt_disc.step()
-            opt_disc.zero_grad(set_to_none=True)
 
-        # log this step, averaged over ranks; a step that is going to be saved is looked at, too
+        # 3. update both networks, or neither: one number that is not finite anywhere, and no rank moves
+        logged["signal"] = torch.tensor(float(bool(received)), device=device)
+        means = distributed.mean(torch.stack([value.float() for value in logged.values()])).tolist()
+        values = dict(zip(logged, means, strict=True))
+        stopping = values.pop("signal") > 0               # whoever got it, all stop after the same step
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        skipped = skipped + 1 if bad else 0
+        if not bad:
+            opt.step()
+            if train_disc:
+                opt_disc.step()
+            if ema:
+                # a new phase inherits an average; a random start is better forgotten
+                decay = args.ema_decay if args.init else ema_decay(step, args.ema_decay)
+                get_ema_multi_avg_fn(decay)(ema_params, params, step)
+        for optimizer in filter(None, optimizers.values()):
+            optimizer.zero_grad(set_to_none=True)
+
+        # log
         done = step + 1
-        if done % args.log_every == 0 or done % args.save_every == 0 or done == args.steps:
-            means = distributed.mean(torch.stack([value.float() for value in logged.values()])).tolist()
-            values = dict(zip(logged, means, strict=True))
-            if not all(map(math.isfinite, means)):
-                log.close()
-                print0(f"error: not finite at step {done}: {values}; lower --lr or set --clip, "
-                       f"and go on from the last checkpoint in {out}")
-                raise SystemExit(1)
+        if bad:
+            log.line(done, {"skipped": bad})
+            print0(f"step {done} skipped, not finite: {', '.join(bad)}")
+        elif log_now:
             values["batch_psnr"] = 10 * math.log10(4 / max(values.pop("mse"), 1e-10))
             log.scalars(done, {**values, "lr": args.lr * factor})
             bar.set_postfix(loss=f"{values['loss']:.4f}", psnr=f"{values['batch_psnr']:.2f}")
+        if skipped == MAX_SKIPPED:
+            saved = next(checkpoint.candidates(out), "none, as none was saved yet")
+            print0(f"error: {skipped} steps in a row were not finite; lower --lr or set --clip, and go on "
+                   f"with --resume. Last good checkpoint: {saved}")
+            break
 
     log.close()
-    print0(f"done: {out / 'ckpt.pt'}")
+    replaced = set().union(*distributed.gather(broken))
+    if replaced:
+        print0(f"broken images, named above and replaced: {len(replaced)}")
     distributed.cleanup()
+    if stopping:
+        print0(f"stopped by a signal after step {step}, saved; go on with --resume")
+        sys.exit(STOPPED)
+    if skipped == MAX_SKIPPED:
+        sys.exit(1)
+    print0(f"done: {out / 'ckpt.pt'}")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,10 @@ def test_checkpoint_of_a_run_is_plain(parent):
     """What train.py saves loads with weights_only=True and holds plain types and tensors only."""
     state = parent.state()
     assert plain(state) and not plain({"a": [Path("x")]}) and not plain(torch.__version__)
-    assert set(state) == {"step", "config", "args", "versions", "model", "ema", "disc", "opt", "opt_disc"}
+    about = {"step", "config", "args", "versions", "git", "data", "parent"}
+    assert set(state) == about | {"best", "model", "ema", "disc", "opt", "opt_disc"}
+    assert set(parent.state("model.pt")) == about | {"ema"}
+    assert set(parent.state("best.pt")) == about | {"ema", "val_psnr"}
     assert state["step"] == state["args"]["steps"] == 2 and state["args"]["scale"] == "S"
     assert state["versions"]["torch"] == torch.__version__
     assert not any(name.startswith(("module.", "_orig_mod.")) for name in (*state["model"], *state["disc"]))
@@ -155,7 +158,7 @@ def test_foreign_file(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_first_mismatch_is_named():
+def test_fault_09_first_mismatch_is_named():
     """load_weights is strict, names the first difference with both shapes, and loads all or nothing."""
     net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     good = {name: torch.full_like(tensor, 7.0) for name, tensor in net.state_dict().items()}

@@ -40,6 +40,14 @@ def test_import_graph():
     assert not {"train", "eval"} & set().union(*graph.values())
 
 
+def test_every_fault_of_the_peers_has_a_test():
+    """The 21 faults found by reading other trainers; each has one or more tests test_fault_<number>_..."""
+    text = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    numbers = {int(n) for name in re.findall(r"^def test_fault((?:_\d\d)+)_", text, re.M)
+               for n in name.split("_")[1:]}
+    assert numbers == set(range(1, 22))
+
+
 def test_readme_is_true():
     """The file map has every file, every link leads somewhere, and the table is what model.py prints."""
     readme = (ROOT / "README.md").read_text()

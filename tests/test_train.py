@@ -55,9 +55,9 @@ def distance(a: dict, b: dict) -> float:
     return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
 
 
-def gradients(optimizer: dict) -> dict:
-    """Adam's running mean of gradients, by parameter number."""
-    return {number: slot["exp_avg"] for number, slot in optimizer["state"].items()}
+def gradients(optimizer: dict) -> torch.Tensor:
+    """Adam's running mean of gradients, of all parameters in one vector."""
+    return torch.cat([slot["exp_avg"].double().flatten() for slot in optimizer["state"].values()])
 
 
 def after(run: Run, step: int) -> dict:
@@ -119,9 +119,9 @@ def watch(monkeypatch):
     seen = SimpleNamespace(nets=[], optimizers=[], look=lambda optimizer: None)
     wrap, adam = train.wrap, train.adam
 
-    def spy_wrap(module, compiled):
+    def spy_wrap(module):
         seen.nets.append(module)
-        return wrap(module, compiled)
+        return wrap(module)
 
     def spy_adam(params, lr):
         optimizer = adam(params, lr)
@@ -134,18 +134,25 @@ def watch(monkeypatch):
     return seen
 
 
-def test_gradients_stay_in_their_half(train_run, watch):
-    """Before the autoencoder's update it has all gradients, the discriminator none; before the other's, vice
-    versa."""
-    looks = []
+def test_fault_03_gradients_stay_in_their_half(train_run, watch, monkeypatch):
+    """When the discriminator's half begins it has no gradient; what the autoencoder has, that half leaves."""
+    between, update, equalities = [], train.update_spectral_norm, []
+
+    def spy(disc):
+        update(disc)
+        assert {p.grad for p in disc.parameters()} == {None}
+        between[:] = [p.grad.clone() for p in watch.nets[0].parameters()]
 
     def look(optimizer):
-        grads = [{p.grad is not None for p in net.parameters()} for net in watch.nets]
-        looks.append((watch.optimizers.index(optimizer), *grads))
+        if optimizer is watch.optimizers[0]:
+            grads = [p.grad for p in watch.nets[0].parameters()]
+            equalities.extend(map(torch.equal, grads, between))
+            assert all(p.grad is not None for p in watch.nets[1].parameters())
 
+    monkeypatch.setattr(train, "update_spectral_norm", spy)
     watch.look = look
-    train_run("--res 64 --disc unet-s --cutmix 0.5 --adaptive-weight --accumulate 2")
-    assert looks == 2 * [(0, {True}, {False}), (1, {False}, {True})]
+    run = train_run("--res 64 --disc unet-s --cutmix 0.5 --adaptive-weight --accumulate 2")
+    assert len(equalities) == 2 * len(run.state()["model"]) and all(equalities)
 
 
 def test_discriminator_sees_detached_images(train_run, watch, monkeypatch):
@@ -165,7 +172,7 @@ def test_discriminator_sees_detached_images(train_run, watch, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", ["--disc patch", "--freeze-encoder --conv1x1"])
-def test_every_tensor_is_in_one_optimizer(train_run, parent, watch, flags):
+def test_fault_08_every_tensor_is_in_one_optimizer(train_run, parent, watch, flags):
     """What trains is in exactly one optimizer; with --freeze-encoder that is the decoder's side alone."""
     train_run(f"{flags} --steps 1" + f" --init {parent.folder}/ckpt.pt" * ("freeze" in flags))
     groups = [group for optimizer in watch.optimizers for group in optimizer.param_groups]
@@ -176,7 +183,7 @@ def test_every_tensor_is_in_one_optimizer(train_run, parent, watch, flags):
     assert frozen == ({"encoder", "quant_conv"} if "freeze" in flags else set())
 
 
-def test_clip(train_run, watch):
+def test_fault_13_clip(train_run, watch):
     """--clip limits both gradient norms, and the log has the norms from before."""
     norms = []
     watch.look = lambda optimizer: norms.append(
@@ -184,6 +191,13 @@ def test_clip(train_run, watch):
     line = train_run("--disc patch --steps 1 --clip 0.01").steps[0]
     assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
     assert line["grad_norm"] > 0.1 and line["disc_grad_norm"] > 0.1
+
+
+def test_fault_07_a_step_is_one_update(story):
+    """Step 5 of the story: 5 updates of the autoencoder and 3 of the discriminator, which began at step 2."""
+    state = after(story, 5)
+    counts = [{slot["step"].item() for slot in state[name]["state"].values()} for name in OPTIMIZERS]
+    assert state["step"] == 5 and counts == [{5.0}, {3.0}]
 
 
 def test_disc_start_and_warmup(story):
@@ -212,7 +226,7 @@ def test_spectral_norm_advances_once(story):
     assert max((twice[name] - new[f"{name}.u"]).abs().max() for name in names) > 1e-3
 
 
-def test_ema_tracks_every_parameter(story):
+def test_fault_06_ema_tracks_every_parameter(story):
     """ema <- d ema + (1 - d) model with d = (1 + step) / (10 + step), for every tensor of the state dict."""
     for step in (1, 4):
         old, new = after(story, step), after(story, step + 1)
@@ -240,7 +254,7 @@ def test_adaptive_weight(story):
 
 
 def test_learning_rates_of_a_run(train_run, watch):
-    """One step of warm-up, half a cosine over two: both optimizers step at 1/2, 1 and 1/2 of their own rate."""
+    """One step of warm-up, half a cosine over two: both optimizers step at 1/2, 1, 1/2 of their own rate."""
     rates, flags = [], "--disc patch --lr 1e-3 --disc-lr 4e-3 --warmup 1 --schedule cosine"
     watch.look = lambda optimizer: rates.append(optimizer.param_groups[0]["lr"])
     run = train_run(f"{flags} --steps 3 --batch-size 1")
@@ -274,13 +288,11 @@ def test_eight_images_are_overfitted(tmp_path):
     assert run.steps[-1]["batch_psnr"] > run.steps[0]["batch_psnr"] + 6
 
 
-def test_non_finite_loss_ends_the_run(train_run, capsys):
-    """One clear line with step, terms and a way out, exit code 1, and the last good checkpoint stays."""
-    with pytest.raises(SystemExit) as stop:
-        train_run("--lr 1e30 --steps 9 --save-every 1 --log-every 9")
-    message = [line for line in capsys.readouterr().out.splitlines() if "error" in line]
-    assert stop.value.code == 1 and len(message) == 1
-    assert "error: not finite at step 2" in message[0] and "lower --lr" in message[0] and "'l1'" in message[0]
+def test_discriminator_health(parent):
+    """Logged beside the losses: accuracy and gap of the logits, and what the adaptive weight would be."""
+    for line in parent.steps:
+        assert 0 <= line["disc_accuracy"] <= 1 and 0 < line["adaptive_weight"] != line["disc_weight"]
+        assert line["logit_gap"] == pytest.approx(line["logits_real"] - line["logits_fake"], abs=1e-6)
 
 
 def test_broken_file_is_named_and_replaced(train_run, tmp_path, capsys):
@@ -306,7 +318,7 @@ def crash(monkeypatch, step: int):
 
 
 @pytest.mark.parametrize("flags", [STORY, "--disc patch --steps 5 --batch-size 1"], ids=["unet", "patch"])
-def test_resume_is_exact(train_run, story, tmp_path, monkeypatch, flags):
+def test_fault_04_13_14_resume_is_exact(train_run, story, tmp_path, monkeypatch, flags):
     """Saved after 3 steps, dead in the 5th, resumed: weights, optimizers and log as if nothing had been."""
     straight = story if flags == STORY else train_run(f"{flags} --out straight")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -319,10 +331,11 @@ def test_resume_is_exact(train_run, story, tmp_path, monkeypatch, flags):
     for name in ("step", *NETS, *OPTIMIZERS):
         assert equal(straight.state()[name], resumed.state()[name]), name
     assert straight.lines == resumed.lines
-    assert [path.name for path in resumed.folder.glob("ckpt*")] == ["ckpt.pt"]
+    assert {path.name for path in resumed.folder.iterdir() if path.is_file()} == {
+        "ckpt.pt", "ckpt-00000003.pt", "ckpt-00000005.pt", "model.pt", "best.pt", "log.jsonl"}
 
 
-def test_resume_of_a_finished_run(train_run, parent, tmp_path, capsys):
+def test_fault_19_resume_of_a_finished_run(train_run, parent, tmp_path, capsys):
     """Nothing is trained, and checkpoint and log stay as they were."""
     shutil.copytree(parent.folder, tmp_path / "run")
     files = [tmp_path / "run" / name for name in ("ckpt.pt", "log.jsonl")]
@@ -393,26 +406,25 @@ def test_ema_switched_off_and_on(train_run):
 # ---- several processes -------------------------------------------------------------------------------------
 
 
-def test_two_processes_and_accumulation_equal_the_joined_batch(tmp_path):
+def test_fault_02_two_processes_and_accumulation_equal_the_joined_batch(tmp_path):
     """2 x 2 images by two processes, or by accumulation, train as 4 do, U-Net discriminator and CutMix on.
 
-    Gradients (Adam's mean of them) to 1e-5 of the largest, the log to 1e-5, and weights after 2 steps of 1e-4
-    to 1e-5: where a gradient is 0, Adam steps along its rounding. Of the one validation image the second
-    process has none.
+    With weights that stand still, gradients (Adam's mean of them) agree to 1e-6 of their norm, and the log to
+    1e-5. Of the one validation image the second process has none.
     """
-    flags = "--res 64 --disc unet-s --cutmix 0.5 --val-count 1"
+    flags = "--res 64 --disc unet-s --cutmix 0.5 --val-count 1 --lr 0 --disc-lr 0"
     joined = train_in(tmp_path, f"{flags} --batch-size 4 --out joined")
     train_in(tmp_path, f"{flags} --batch-size 2 --accumulate 2 --out accumulated")
     done = torchrun(tmp_path, f"train.py --data synthetic {SMALL} {flags} --batch-size 2 --out two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("batch: 2 x 2 processes x 1 accumulated = 4") == 1
     for other in (Run(tmp_path / "accumulated"), Run(tmp_path / "two")):
-        for name in NETS:
-            assert distance(joined.state()[name], other.state()[name]) < 1e-5, name
         for name in OPTIMIZERS:
             ours, theirs = gradients(joined.state()[name]), gradients(other.state()[name])
-            assert distance(ours, theirs) < 1e-5 * max(grad.abs().max() for grad in ours.values()), name
+            assert (ours - theirs).norm() < 1e-6 * ours.norm(), name
         for line, expected in zip(other.lines, joined.lines, strict=True):
+            if "accumulated" in str(other.folder):        # there the ratio of norms is of each micro-batch
+                expected = expected | {name: line[name] for name in line if name == "adaptive_weight"}
             assert line == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
@@ -483,7 +495,7 @@ def test_flags_that_show_in_the_log(train_run, base, flags, holds):
     assert holds(train_run(flags).steps, base.steps)
 
 
-def test_bf16(train_run):
+def test_fault_05_parameters_stay_fp32_under_bf16(train_run):
     """Autocast to bf16 changes the numbers by less than 1%; all that is saved stays fp32."""
     flags = "--disc patch --steps 1 --batch-size 1 --val-count 1"
     run, exact = train_run(f"{flags} --precision bf16"), train_run(f"{flags} --out exact")
