@@ -1,11 +1,11 @@
 # On a fresh machine these two are enough; the first one also installs (Python 3.11 or newer, about 5 GB).
 #   make demo   train a small LiteVAE on generated images, score it, draw out/demo/reconstruction.png
-#   make test   every test, on the CPU
+#   make test   every test that is quick, on the CPU; make test-all adds the slow ones
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_FLAGS ?=
 
-.PHONY: demo test lint
+.PHONY: demo test test-all lint
 
 demo: .venv/installed
 	rm -rf out/demo
@@ -16,6 +16,9 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-all: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or not slow"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

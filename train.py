@@ -418,7 +418,7 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
 
 def wrap(module: nn.Module) -> nn.Module:
     """In DDP, for whoever's gradients are wanted. The bare module keeps saving, EMA and eval."""
-    return DDP(module, broadcast_buffers=False) if distributed.world_size() > 1 else module
+    return DDP(module, forward_sync_buffers=False) if distributed.world_size() > 1 else module
 
 
 def no_sync(module: nn.Module, last: bool):
@@ -660,13 +660,13 @@ def main() -> None:
     replaced = set().union(*distributed.gather(broken))
     if replaced:
         print0(f"broken images, named above and replaced: {len(replaced)}")
+    ill = skipped == MAX_SKIPPED
+    if not ill:
+        end = f"stopped by a signal after step {step}, saved; go on with --resume:" if stopping else "done:"
+        print0(f"{end} {out / 'ckpt.pt'}")
     distributed.cleanup()
-    if stopping:
-        print0(f"stopped by a signal after step {step}, saved; go on with --resume")
-        sys.exit(STOPPED)
-    if skipped == MAX_SKIPPED:
-        sys.exit(1)
-    print0(f"done: {out / 'ckpt.pt'}")
+    if ill or stopping:
+        sys.exit(1 if ill else STOPPED)
 
 
 if __name__ == "__main__":

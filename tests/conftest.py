@@ -98,6 +98,15 @@ def torchrun(folder: Path, flags: str, **env: str) -> subprocess.CompletedProces
     return subprocess.run(command, cwd=folder, env=os.environ | env, capture_output=True, text=True)
 
 
+def equal(a, b) -> bool:
+    """Bit for bit, through dicts and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
 def write_images(folder: Path, names: list[str], side: int = 64) -> Path:
     """Dead-leaves pictures 0, 1, 2, ... under these names, a little wider than high."""
     for i, name in enumerate(names):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, Run, call, torchrun, train_in, write_images
+from conftest import SMALL, Run, call, equal, torchrun, train_in, write_images
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -38,15 +38,6 @@ def story(tmp_path_factory) -> Run:
 def base(tmp_path_factory) -> Run:
     """SMALL as it is, to compare with."""
     return train_in(tmp_path_factory.mktemp("base"), "")
-
-
-def equal(a, b) -> bool:
-    """Bit for bit, through dicts and lists."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def distance(a: dict, b: dict) -> float:
