@@ -511,7 +511,7 @@ def test_two_nodes(tmp_path):
 
 @pytest.mark.slow
 def test_slurm_script(tmp_path):
-    """With stand-ins for Slurm's commands: USR1 to the batch shell saves and requeues, the next job ends it."""
+    """With stand-ins for Slurm's commands: USR1 saves and requeues, and the next job goes on to the end."""
     commands = {
         "srun": 'exec "$@"',
         "scontrol": 'echo "$@" >> scontrol.txt; [ "$1" = requeue ] || echo 127.0.0.1',
