@@ -48,13 +48,17 @@ class SelfModulatedConv2d(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, conv, norm, SiLU, conv, plus skip (1x1 where widths differ). (B, C, H, W) -> (B, C', H, W).
+    """norm, SiLU, conv, norm, SiLU, dropout, conv, plus skip (1x1 where widths differ).
 
-    With norm="smc" there is no normalisation layer: both convolutions are self-modulated (paper Sec. 4.3).
+    (B, C, H, W) -> (B, C', H, W). With norm="smc" there is no normalisation layer: both convolutions are
+    self-modulated (paper Sec. 4.3).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, norm: str = "group") -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, norm: str = "group", dropout: float = 0.0
+    ) -> None:
         super().__init__()
+        self.dropout = dropout
         smc = norm == "smc"
         self.norm1 = nn.Identity() if smc else group_norm(in_channels)
         self.conv1 = conv3x3(in_channels, out_channels, smc)
@@ -65,8 +69,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.skip(x) + h
+        h = F.dropout(F.silu(self.norm2(h)), self.dropout, self.training)
+        return self.skip(x) + self.conv2(h)
 
 
 def conv3x3(in_channels: int, out_channels: int, smc: bool = False) -> nn.Module:
