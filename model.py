@@ -3,14 +3,17 @@
 LiteVAE (Sadat et al., NeurIPS 2024, arXiv 2405.14477) replaces the convolutional encoder of the KL-f8 VAE
 by a Haar transform, one small UNet per wavelet level (Sec. 4.1, App. F, G) and one that aggregates them; its
 decoder swaps group normalisation for self-modulated convolutions (Eq. 3). This file also holds the SD-VAE
-encoder (Rombach et al. 2022), so that one class trains and measures both.
+encoder (Rombach et al. 2022), so that one class trains and measures both. The paper's other options are in
+ablations.py, VQ-GAN's codebook in quantize.py.
 
 What differs from the paper is marked `# differs from the paper:`. Exact parameter counts: `python model.py`.
 
 Dimension key: B batch, C channels, H W pixels, Z latent channels, f = 2 ** levels, h w = H/f, W/f.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ablations import LearnedPool, NAFBlock, ViTAggregator, WaveletEncoder, check_combinations
 from blocks import Attention, Downsample, ResBlock, SelfModulatedConv2d, Upsample, group_norm
-from wavelets import dwt2, full_precision, idwt2
+from quantize import Quantized, VectorQuantizer
+from wavelets import FILTERS, dwt2, full_precision, idwt2
 
 # ----------------------------------------------------------------------------
 # configuration
@@ -32,7 +37,8 @@ PYRAMID_MULT = {2: (1, 2, 4), 3: (1, 2, 4, 4), 4: (1, 1, 2, 2, 4)}
 class AutoencoderConfig:
     """Everything that fixes an architecture. Plain values only: it travels inside every checkpoint."""
 
-    encoder: str = "litevae"                   # "litevae" (wavelets and UNets) or "sd" (the KL-f8 pyramid)
+    encoder: str = "litevae"                   # "litevae" (wavelets and UNets), "sd" (the KL-f8 pyramid),
+                                               # "dwt" or "dwt2" (the wavelet bands themselves, App. B)
     in_channels: int = 3                       # of the image; 3 for RGB, 1 for grey
     latent_channels: int = 12                  # n_z; the paper's main tables use 12, SD-VAE 4
     levels: int = 3                            # wavelet levels; the downsample factor is f = 2 ** levels
@@ -47,21 +53,43 @@ class AutoencoderConfig:
     decoder_attention: bool = False            # single-head attention in the middle of the decoder
     output: str = "image"                      # "image", or "wavelet": sub-bands at H/2, then an inverse DWT
     conv1x1: bool = False                      # 1x1 convs around the latent; Table 17: they hurt
+    wavelet: str = "haar"                      # of the encoder and of output="wavelet"; or db2 to db8
+    extractor: str = "unet"                    # blocks of the extractors: "unet", or "nafnet" (D.3)
+    shared_extractor: bool = False             # one extractor for all levels (D.4)
+    first_level: int = 1                       # finer levels are left out; D.6, "the last two": 2
+    downsample: str = "pool"                   # of the extractors' outputs: "pool", or "conv", learned
+    aggregator: str = "unet"                   # "unet", or "vit" (D.5)
+    resolution: int = 0                        # side of the images that a ViT is bound to, pixels
+    dropout: float = 0.0                       # in the blocks of extractors and aggregator
+    codebook_size: int = 0                     # entries of VQ-GAN's codebook; 0 is the Gaussian posterior
+    codebook_update: str = "gradient"          # or "ema", a moving average of the encoder's outputs
     scale_factor: float = 1.0                  # diffusion latents are (z - shift_factor) * scale_factor
     shift_factor: float = 0.0
 
     def __post_init__(self) -> None:
-        check_choice("encoder", self.encoder, ("litevae", "sd"))
+        check_choice("encoder", self.encoder, ("litevae", "sd", "dwt", "dwt2"))
         check_choice("decoder_norm", self.decoder_norm, ("smc", "group"))
         check_choice("output", self.output, ("image", "wavelet"))
         check_choice("levels", self.levels, tuple(PYRAMID_MULT))
+        check_choice("wavelet", self.wavelet, tuple(FILTERS))
+        check_choice("extractor", self.extractor, ("unet", "nafnet"))
+        check_choice("first_level", self.first_level, tuple(range(1, self.levels + 1)))
+        check_choice("downsample", self.downsample, ("pool", "conv"))
+        check_choice("aggregator", self.aggregator, ("unet", "vit"))
+        check_choice("codebook_update", self.codebook_update, ("gradient", "ema"))
         for name in ("in_channels", "latent_channels", "decoder_channels", "decoder_blocks", "sd_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_combinations(self)
 
     @property
     def downsample_factor(self) -> int:
         return 2 ** self.levels
+
+    @property
+    def moment_channels(self) -> int:
+        """What the encoder gives: mean and log-variance, or with a codebook the code alone."""
+        return self.latent_channels * (1 if self.codebook_size else 2)
 
     @property
     def pyramid_mult(self) -> tuple[int, ...]:
@@ -97,23 +125,26 @@ class UNet(nn.Module):
 
     Two ResBlocks per width, each output kept as a skip; two in the middle; two per width on the way back, on
     concat(x, skip); a bare 3x3 head. No attention. The first convolution's output is not a skip (the paper's
-    pseudocode stores it and never uses it). (B, C, h, w) -> (B, C', h, w).
+    pseudocode stores it and never uses it). (B, C, h, w) -> (B, C', h, w). `block` makes the blocks.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, channels: int, mult: tuple[int, ...]) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, channels: int, mult: tuple[int, ...],
+        block: Callable[[int, int], nn.Module] = ResBlock,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         width, skips = channels, []
         for m in mult:
             for _ in range(2):
-                self.down.append(ResBlock(width, channels * m))
+                self.down.append(block(width, channels * m))
                 width = channels * m
                 skips.append(width)
-        self.mid = nn.Sequential(ResBlock(width, width), ResBlock(width, width))
+        self.mid = nn.Sequential(block(width, width), block(width, width))
         for m in reversed(mult):
             for _ in range(2):
-                self.up.append(ResBlock(width + skips.pop(), channels * m))
+                self.up.append(block(width + skips.pop(), channels * m))
                 width = channels * m
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
@@ -133,27 +164,45 @@ class LiteVAEEncoder(nn.Module):
     """Haar cascade -> one UNet per level -> pooled to one size -> UNet (paper Sec. 4.1, App. F, G).
 
     x: (B, C, H, W) in [-1, 1] -> moments (B, 2Z, h, w). Level l sees its four bands divided by 2^l, which
-    keeps every band in [-1, 1].
+    keeps every Haar band in [-1, 1].
     """
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        bands, moments = 4 * config.in_channels, 2 * config.latent_channels
+        self.wavelet = config.wavelet
+        self.levels = range(config.first_level, config.levels + 1)
+        bands, concat = 4 * config.in_channels, 4 * config.in_channels * len(self.levels)
+        block = partial(NAFBlock if config.extractor == "nafnet" else ResBlock, dropout=config.dropout)
         self.extractors = nn.ModuleList(
-            UNet(bands, bands, config.extractor_channels, config.extractor_mult) for _ in range(config.levels)
+            UNet(bands, bands, config.extractor_channels, config.extractor_mult, block)
+            for _ in (self.levels[:1] if config.shared_extractor else self.levels)
         )
-        concat = config.levels * bands
-        self.aggregator = UNet(concat, moments, config.aggregator_channels, config.aggregator_mult)
+        # differs from the paper: average pooling; App. G has a Downsample2D of unstated kind
+        pool = nn.AvgPool2d if config.downsample == "pool" else partial(LearnedPool, bands)
+        factors = [2 ** (config.levels - level) for level in self.levels]
+        self.pools = nn.ModuleList(pool(factor) if factor > 1 else nn.Identity() for factor in factors)
+        self.aggregator = build_aggregator(config, concat)
 
     def forward(self, x: Tensor) -> Tensor:
         features, low = [], x
-        for level, extractor in enumerate(self.extractors, start=1):
-            bands = dwt2(low)                                            # (B, 4C, H/2^l, W/2^l)
+        for level in range(1, self.levels.stop):
+            bands = dwt2(low, self.wavelet)                              # (B, 4C, H/2^l, W/2^l)
             low = bands[:, : x.shape[1]]
-            feature = extractor((bands / 2**level).to(x.dtype))
-            # differs from the paper: average pooling; App. G has a Downsample2D of unstated kind
-            features.append(F.avg_pool2d(feature, 2 ** (len(self.extractors) - level)))
+            if level in self.levels:
+                index = level - self.levels.start
+                extractor = self.extractors[index % len(self.extractors)]        # one of one if shared
+                features.append(self.pools[index](extractor((bands / 2**level).to(x.dtype))))
         return self.aggregator(torch.cat(features, dim=1))               # (B, 2Z, h, w)
+
+
+def build_aggregator(config: AutoencoderConfig, in_channels: int) -> nn.Module:
+    """F_agg: (B, in_channels, h, w) -> moments (B, 2Z, h, w), or (B, Z, h, w) with a codebook."""
+    moments, channels = config.moment_channels, config.aggregator_channels
+    if config.aggregator == "vit":
+        side = config.resolution // config.downsample_factor
+        return ViTAggregator(in_channels, moments, channels, side, config.dropout)
+    block = partial(ResBlock, dropout=config.dropout)
+    return UNet(in_channels, moments, channels, config.aggregator_mult, block)
 
 
 class SDEncoder(nn.Module):
@@ -173,11 +222,18 @@ class SDEncoder(nn.Module):
         self.down = nn.Sequential(*layers)
         self.mid = nn.Sequential(ResBlock(width, width), Attention(width), ResBlock(width, width))
         self.norm_out = group_norm(width)
-        self.conv_out = nn.Conv2d(width, 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, config.moment_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid(self.down(self.conv_in(x)))
         return self.conv_out(F.silu(self.norm_out(x)))
+
+
+def build_encoder(config: AutoencoderConfig) -> nn.Module:
+    """x (B, C, H, W) -> moments (B, 2Z, h, w), or (B, Z, h, w) with a codebook."""
+    if config.encoder in ("dwt", "dwt2"):
+        return WaveletEncoder(config.levels, config.wavelet, details=config.encoder == "dwt2")
+    return LiteVAEEncoder(config) if config.encoder == "litevae" else SDEncoder(config)
 
 
 # ----------------------------------------------------------------------------
@@ -189,13 +245,13 @@ class Decoder(nn.Module):
 
     decoder_norm="smc" without attention takes no statistic over the image anywhere, so its output at a pixel
     depends only on a neighbourhood of z. output="wavelet" stops one upsampling earlier, predicts the four
-    Haar bands of level 1 divided by 2, and inverts the transform (paper App. G).
+    wavelet bands of level 1 divided by 2, and inverts the transform (paper App. G).
     """
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         norm, wavelet = config.decoder_norm, config.output == "wavelet"
-        self.wavelet = wavelet
+        self.wavelet = config.wavelet if wavelet else None
         mult = config.pyramid_mult[::-1]                                 # coarsest first
         width = config.decoder_channels * mult[0]
         self.conv_in = nn.Conv2d(config.latent_channels, width, 3, padding=1)
@@ -221,7 +277,7 @@ class Decoder(nn.Module):
     def head(self, features: Tensor) -> Tensor:
         """The last convolution and, for wavelet output, the inverse transform."""
         out = self.conv_out(features)
-        return idwt2(2 * out) if self.wavelet else out
+        return idwt2(2 * out, self.wavelet) if self.wavelet else out
 
     def forward(self, z: Tensor) -> Tensor:
         return self.head(self.features(z))
@@ -243,27 +299,43 @@ class Posterior(NamedTuple):
 
 
 class Autoencoder(nn.Module):
-    """Encoder, Gaussian posterior, decoder. Parameters are fp32; autocast is the caller's choice."""
+    """Encoder, Gaussian posterior or codebook, decoder. Parameters are fp32; autocast is the caller's."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
-        nz, conv1x1 = config.latent_channels, config.conv1x1
-        self.encoder = LiteVAEEncoder(config) if config.encoder == "litevae" else SDEncoder(config)
-        self.quant_conv = nn.Conv2d(2 * nz, 2 * nz, 1) if conv1x1 else nn.Identity()
+        nz, moments, conv1x1 = config.latent_channels, config.moment_channels, config.conv1x1
+        self.encoder = build_encoder(config)
+        self.quant_conv = nn.Conv2d(moments, moments, 1) if conv1x1 else nn.Identity()
         self.post_quant_conv = nn.Conv2d(nz, nz, 1) if conv1x1 else nn.Identity()
         self.decoder = Decoder(config)
+        self.quantizer = None
+        if config.codebook_size:
+            self.quantizer = VectorQuantizer(config.codebook_size, nz, config.codebook_update)
         init_weights(self)
 
-    def encode(self, x: Tensor) -> Posterior:
-        """Posterior of images x (B, C, H, W) in [-1, 1]; ValueError unless H and W are multiples of f."""
+    def encode(self, x: Tensor) -> Posterior | Quantized:
+        """Posterior of images x (B, C, H, W) in [-1, 1]; ValueError unless H and W are multiples of f.
+
+        With a ViT aggregator H and W are config.resolution, else ValueError. With a codebook the posterior's
+        mean and all its samples are the nearest entries.
+        """
         f = self.config.downsample_factor
         if x.shape[-2] % f or x.shape[-1] % f:
             raise ValueError(
                 f"image size {x.shape[-2]}x{x.shape[-1]} is not divisible by {f}: "
                 f"crop or resize it so that both sides are multiples of {f}"
             )
-        mean, logvar = full_precision(self.quant_conv(self.encoder(x))).chunk(2, dim=1)
+        side = self.config.resolution
+        if side and x.shape[-2:] != (side, side):
+            raise ValueError(
+                f"image size {x.shape[-2]}x{x.shape[-1]}: this model has a ViT aggregator, which takes "
+                f"{side}x{side} alone: crop or resize to that, or train with aggregator=unet"
+            )
+        moments = full_precision(self.quant_conv(self.encoder(x)))
+        if self.quantizer is not None:
+            return self.quantizer(moments)
+        mean, logvar = moments.chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
     def decode(self, z: Tensor) -> Tensor:
@@ -298,8 +370,8 @@ class Autoencoder(nn.Module):
 def init_weights(model: Autoencoder) -> None:
     """Starting values of the LiteVAE encoder and of the SMC decoder; all else keeps torch's, as LDM does.
 
-        main path of each UNet: conv_in, 1x1 skips, conv_out         isometry
-        second conv of each UNet ResBlock                            0, as in ADM
+        main path of each UNet: conv_in, 1x1 skips, conv_out         isometry (a ViT's: ablations.py)
+        second conv of each UNet ResBlock                            0, as in ADM (a NAFBlock's: ablations.py)
         log-variance half of the encoder's last conv                 0, bias -6 (sigma 0.05)
         SMC decoder: conv_in, upsampling, 1x1 skips, conv_out        isometry
         SMC decoder: scales and gains                                1 (Eq. 3)
@@ -309,12 +381,14 @@ def init_weights(model: Autoencoder) -> None:
     start out below the noise, and training first has to amplify them (README, "Differences").
     """
     if isinstance(model.encoder, LiteVAEEncoder):
-        for unet in (*model.encoder.extractors, model.encoder.aggregator):
-            isometry(unet.conv_in, unet.conv_out)
-            for block in (*unet.down, *unet.mid, *unet.up):
-                isometry(block.skip)
-                nn.init.zeros_(block.conv2.weight)
-                nn.init.zeros_(block.conv2.bias)
+        for module in model.encoder.modules():
+            if isinstance(module, (UNet, ViTAggregator)):
+                isometry(module.conv_in, module.conv_out)
+            elif isinstance(module, (ResBlock, NAFBlock)):
+                isometry(module.skip)
+            if isinstance(module, ResBlock):
+                nn.init.zeros_(module.conv2.weight)
+                nn.init.zeros_(module.conv2.bias)
         head, nz = model.encoder.aggregator.conv_out, model.config.latent_channels
         isometry(head, outputs=nz)
         nn.init.constant_(head.bias[nz:], -6.0)

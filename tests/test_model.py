@@ -597,7 +597,7 @@ def test_config_survives_a_checkpoint(name, tmp_path):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: AutoencoderConfig(encoder="vit"), "encoder must be one of litevae, sd, got 'vit'"),
+        (lambda: AutoencoderConfig(encoder="vit"), "encoder must be .* litevae, sd, dwt, dwt2, got 'vit'"),
         (lambda: AutoencoderConfig(decoder_norm="batch"), "decoder_norm must be .* smc, group, got 'batch'"),
         (lambda: AutoencoderConfig(output="bands"), "output must be one of image, wavelet, got 'bands'"),
         (lambda: AutoencoderConfig(levels=1), "levels must be one of 2, 3, 4, got 1"),
