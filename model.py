@@ -435,6 +435,13 @@ PRESETS = {
 # fmt: on
 
 
+# millions of encoder parameters as published, LiteVAE's Table 2a and 3; all are counts at n_z 4
+PUBLISHED = {
+    "litevae-s": "1.03", "litevae-b": "6.75", "litevae-m": "32.75", "litevae-l": "41.42",
+    "litevae-b-nz4": "6.75", "sd-vae": "34.16",
+}  # fmt: skip
+
+
 def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
@@ -447,8 +454,9 @@ def count_macs(module: nn.Module, *shape: int) -> int:
 
 
 def table(res: int = 256) -> str:
-    """One row per preset: exact parameters, MACs at res x res, and the latent's shape."""
-    rows = [("preset", "encoder params", "decoder params", "encoder MACs", "decoder MACs", "latent")]
+    """One row per preset: exact parameters, MACs at res x res, the latent's shape, published millions."""
+    counted = ("encoder params", "decoder params", "encoder MACs", "decoder MACs")
+    rows = [("preset", *counted, "latent", "published encoder")]
     for name, config in PRESETS.items():
         with torch.device("meta"):
             model = Autoencoder(config)
@@ -459,7 +467,8 @@ def table(res: int = 256) -> str:
             count_macs(model.encoder, 1, config.in_channels, res, res),
             count_macs(model.decoder, 1, nz, side, side),
         )
-        rows.append((name, *(f"{c:,}" for c in counts), f"{nz}x{side}x{side}"))
+        published = PUBLISHED.get(name, "-")
+        rows.append((name, *(f"{c:,}" for c in counts), f"{nz}x{side}x{side}", published))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"MACs at {res}x{res}, batch 1; FLOPs are twice that"]
     for name, *cells in rows:

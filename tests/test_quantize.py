@@ -185,7 +185,7 @@ def test_revival_by_hand(monkeypatch, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_first_step_draws_the_codebook_from_the_data(kind):
-    """All entries start dead: after one step each that was not chosen is an encoder output, and all differ."""
+    """All entries start dead: after one step each that was not chosen is an encoder output; all differ."""
     torch.manual_seed(0)
     module, z = VectorQuantizer(8, 2, kind), normal(1, 2, 5, 5) + 3
     posterior = module(z)
