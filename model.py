@@ -418,6 +418,8 @@ def isometry(*convs: nn.Module, outputs: int | None = None) -> None:
 # ----------------------------------------------------------------------------
 # presets and the table that `python model.py` prints
 
+SD_VAE = dict(encoder="sd", conv1x1=True, decoder_norm="group", decoder_attention=True)
+
 # fmt: off
 PRESETS = {
     "litevae-s":          scale_config("S"),
@@ -429,8 +431,16 @@ PRESETS = {
     "litevae-b-nz4":      scale_config("B", latent_channels=4),
     "litevae-b-wavelet":  scale_config("B", output="wavelet"),
     "litevae-b-group":    scale_config("B", decoder_norm="group", decoder_attention=True),
-    "sd-vae":             AutoencoderConfig(encoder="sd", latent_channels=4, conv1x1=True,
-                                            decoder_norm="group", decoder_attention=True),
+    "litevae-b-nafnet":   scale_config("B", extractor="nafnet"),                        # D.3
+    "litevae-b-shared":   scale_config("B", shared_extractor=True),                     # D.4
+    "litevae-b-vit":      scale_config("B", aggregator="vit", resolution=256),          # D.5
+    "litevae-b-last2":    scale_config("B", first_level=2),                             # D.6
+    "litevae-b-conv":     scale_config("B", downsample="conv"),
+    "dwt":                AutoencoderConfig(encoder="dwt"),                             # App. B
+    "dwt2":               AutoencoderConfig(encoder="dwt2", latent_channels=48),
+    "sd-vae":             AutoencoderConfig(latent_channels=4, **SD_VAE),
+    "vq-f8":              AutoencoderConfig(latent_channels=4, codebook_size=16_384, **SD_VAE),
+    "vq-f4":              AutoencoderConfig(latent_channels=3, levels=2, codebook_size=8_192, **SD_VAE),
 }
 # fmt: on
 

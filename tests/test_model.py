@@ -174,6 +174,8 @@ def test_table_prints_the_exact_integers():
     assert rows["sd-vae"] == [str(value) for value in sd]
     assert rows["litevae-b-nz4"][:2] == ["6750636", "48427423"]
     assert rows["litevae-b-group"][1:4] == ["49527043", "37837471744", "311131373568"]
+    assert rows["litevae-b-shared"][0] == str(6_755_260 - 2 * 1_686_220)
+    assert rows["dwt2"] == ["0", rows["dwt2"][1], "0", rows["dwt2"][3], "48x32x32", "-"]
     assert [rows[f"litevae-b-{f}"][-2] for f in ("f4", "f16")] == ["12x64x64", "12x16x16"]
 
 

@@ -15,8 +15,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 import checkpoint
 import distributed
 import metrics
+import model
 import quantize
-from model import Autoencoder, AutoencoderConfig
+from model import Autoencoder, AutoencoderConfig, count_parameters
 from quantize import Quantized, VectorQuantizer, nearest, revival_slots, vq_loss
 
 KINDS = ("gradient", "ema")
@@ -364,6 +365,23 @@ def test_average_of_weights_has_the_codebook():
     get_ema_multi_avg_fn(0.0)(average, list(loop.net.parameters()), 0)
     position = [name for name, _ in loop.net.named_parameters()].index("quantizer.codebook")
     assert torch.equal(average[position], loop.net.quantizer.codebook)
+
+
+def test_counts():
+    """KL-f8's pyramid without the log-variance half of its last layer, and 1x1 convs of n_z alone.
+
+    18,436 = 512 * 9 * 4 + 4 fewer parameters than FIGURES.md 3's encoder; the decoder is the same.
+    """
+    for name, levels, nz, entries in (("vq-f8", 3, 4, 16_384), ("vq-f4", 2, 3, 8_192)):
+        config = model.PRESETS[name]
+        with torch.device("meta"):
+            net = Autoencoder(config)
+        assert (config.levels, config.latent_channels, config.codebook_size) == (levels, nz, entries)
+        assert count_parameters(net.quantizer) == entries * nz
+        assert count_parameters(net.quant_conv) == count_parameters(net.post_quant_conv) == nz * nz + nz
+        if name == "vq-f8":
+            assert count_parameters(net.encoder) == 34_163_592 - 18_436
+            assert count_parameters(net.decoder) == 49_490_179
 
 
 @pytest.mark.parametrize("encoder", ["sd", "litevae"])
