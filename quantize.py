@@ -76,8 +76,9 @@ def revival_slots(vectors: int, size: int, generator: torch.Generator) -> Tensor
 
 
 class VectorQuantizer(nn.Module):
-    """z (B, Z, h, w) -> Quantized, in fp32 or fp64 whatever autocast is on; learns by gradient or by EMA.
+    """z (B, Z, h, w) -> Quantized, in fp32 or fp64; learns by gradient or by EMA.
 
+    Nothing here is an operation that autocast would round.
     The codebook (K, Z) is a parameter either way, so that the average of the weights has it too; with
     update="ema" it takes no gradient, and its state is N_k and m_k with e_k = m_k / N_k. Forward changes no
     state. The codebook starts uniform in [-1/K, 1/K], as taming's.
@@ -94,14 +95,13 @@ class VectorQuantizer(nn.Module):
             self.register_buffer("ema_sum", start.clone())
 
     def forward(self, z: Tensor) -> Quantized:
-        with torch.autocast(z.device.type, enabled=False):
-            z, codebook = full_precision(z), full_precision(self.codebook)
-            codebook = codebook.to(z.dtype)
-            vectors = z.detach().movedim(1, -1)                              # (B, h, w, Z)
-            indices = nearest(vectors.flatten(0, 2), codebook.detach()).view(vectors.shape[:3])
-            entries = F.embedding(indices, codebook).movedim(-1, 1)          # (B, Z, h, w)
-            # straight through, and yet exactly an entry: the usual z + (e - z) is one only up to rounding
-            return Quantized(entries.detach() + (z - z.detach()), z, entries, indices)
+        z = full_precision(z)
+        codebook = self.codebook.to(z.dtype)
+        vectors = z.detach().movedim(1, -1)                                  # (B, h, w, Z)
+        indices = nearest(vectors.flatten(0, 2), codebook.detach()).view(vectors.shape[:3])
+        entries = F.embedding(indices, codebook).movedim(-1, 1)              # (B, Z, h, w)
+        # straight through, and yet exactly an entry: the usual z + (e - z) is one only up to rounding
+        return Quantized(entries.detach() + (z - z.detach()), z, entries, indices)
 
     @torch.no_grad()
     def statistics(self, posterior: Quantized, slots: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class VectorQuantizer(nn.Module):
         """Move the codebook (EMA), revive dead entries, and return what the log shows of this step.
 
         table: the sum of `statistics` over micro-batches and processes. usage is the share of entries that
-        were chosen, perplexity exp of the entropy of the choices; both are at most the number of vectors.
+        were chosen in this step, perplexity exp of the entropy of the choices, from 1 to the entries chosen.
         """
         channels = self.codebook.shape[1]
         count, total, offered, candidate = table.split([1, channels, 1, channels], dim=1)
