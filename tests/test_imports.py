@@ -22,6 +22,7 @@ GRAPH = {
     "losses": {"wavelets"},
     "metrics": {"distributed"},
     "checkpoint": {"model"},
+    "foreign": {"model"},
     "train": {"checkpoint", "cli", "data", "discriminators", "distributed", "losses", "metrics", "model"},
     "eval": {"checkpoint", "cli", "data", "distributed", "metrics", "model"},
 }
