@@ -32,8 +32,11 @@ def check_combinations(config) -> None:
     for name, default in LITEVAE_ONLY.items():
         if config.encoder != "litevae" and getattr(config, name) != default:
             raise ValueError(f"{name}={getattr(config, name)} needs encoder=litevae, got {config.encoder}")
-    if config.wavelet != "haar" and config.encoder == "sd" and config.output == "image":
-        raise ValueError(f"wavelet={config.wavelet} has nothing to act on: encoder=sd and output=image")
+    idle = config.encoder == "open-litevae" or config.encoder == "sd" and config.output == "image"
+    if config.wavelet != "haar" and idle:
+        raise ValueError(
+            f"wavelet={config.wavelet} has nothing to act on: encoder={config.encoder}, output={config.output}"
+        )
     if config.codebook_update == "ema" and not config.codebook_size:
         raise ValueError("codebook_update=ema needs a codebook: set codebook_size, or leave it out")
     if (config.aggregator == "vit") != bool(config.resolution):

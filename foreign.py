@@ -1,6 +1,7 @@
-"""Other people's autoencoders: diffusers' AutoencoderKL as our own model, and any function of images.
+"""Other people's autoencoders as our own model, and any function of images.
 
     load_diffusers(path)            AutoencoderKL folders and .safetensors files: SD 1.x, SDXL, SD3, FLUX, ...
+    load_open_litevae(path)         open-LiteVAE's public checkpoints, in its own architecture
     load_callable("module:name")    whatever maps images to images
 
 Weight files are parsed and never executed. What does not fit is refused, with the first tensors that differ
@@ -22,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model import PYRAMID_MULT, Autoencoder, AutoencoderConfig
+from model import PRESETS, PYRAMID_MULT, Autoencoder, AutoencoderConfig
 
 # ----------------------------------------------------------------------------
 # safetensors: 8 bytes with the length of the header, a JSON header, then the tensors one after another
@@ -164,12 +165,55 @@ def squeeze(shape: tuple[int, ...]) -> tuple[int, ...]:
 def check_fit(path: Path, what: str, wanted: dict[str, tuple], found: dict[str, tuple]) -> None:
     """ValueError with the first tensors that differ unless a file has just the wanted names and shapes."""
     wrong = [f"{key} is missing" for key in wanted if key not in found]
-    wrong += [f"{key} is {tuple(found[key])} and not {tuple(shape)}" for key, shape in wanted.items()
-              if key in found and squeeze(tuple(found[key])) != squeeze(tuple(shape))]
+    wrong += [f"{key} is {tuple(found[key])} and not {shape}" for key, shape in wanted.items()
+              if key in found and squeeze(tuple(found[key])) != squeeze(shape)]
     wrong += [f"{key} has no place" for key in found if key not in wanted]
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"{path} is not {what}: {'; '.join(wrong[:3])}{more}")
+
+
+# ----------------------------------------------------------------------------
+# from their tensors to our model
+
+
+def build(
+    config: AutoencoderConfig,
+    rename: Callable[[str], list[str]],
+    found: dict[str, tuple[int, ...]],
+    read: Callable[[], dict[str, Tensor]],
+    path: Path,
+) -> Autoencoder:
+    """Our model with the weights of a file, fp32, in eval mode; ValueError unless the file fits it exactly.
+
+    rename: our parameter name -> the tensors of the file that make it, one above the other. found: their
+    shapes. read: gives them, and is called only once they fit.
+    """
+    with torch.device("meta"):
+        model = Autoencoder(config)
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    sources, wanted, weights = {name: rename(name) for name in own}, {}, {}
+    for name, keys in sources.items():
+        rows, *rest = own[name] or (1,)                   # a scalar of ours may be a vector of one there
+        wanted |= dict.fromkeys(keys, (rows // len(keys), *rest))
+    check_fit(path, "such an autoencoder", wanted, found)
+    tensors = read()
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: {key} has dtype {tensor.dtype}: quantised weights are not read")
+    for name, keys in sources.items():
+        parts = [tensors[key].float().reshape(wanted[key]) for key in keys]
+        weights[name] = torch.cat(parts).reshape(own[name])
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def describe(path: Path, names: str, dtypes: Iterable[str], config: dict | None) -> dict:
+    """Where weights came from, in plain types."""
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    dtypes = sorted(set(dtypes))
+    return {"path": str(path), "sha256": sha256, "names": names, "dtypes": dtypes, "config": config}
 
 
 # ----------------------------------------------------------------------------
@@ -198,15 +242,15 @@ def load_diffusers(path: str | Path) -> tuple[Autoencoder, dict]:
     config = infer_config({key: entry.shape for key, entry in entries.items()}, path)
     if declared is not None:
         config = check_declared(declared, config, path.parent / "config.json")
-    with torch.device("meta"):
-        model = Autoencoder(config)
     names = find_names(entries)
-    fill(model, path, entries, names)
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    dtypes = sorted({entry.dtype for entry in entries.values()})
-    source = {"path": str(path), "sha256": sha256, "names": names, "dtypes": dtypes, "config": declared}
-    return model.eval(), source
+    model = build(
+        config,
+        lambda name: their_keys(name, names, config.levels),
+        {key: entry.shape for key, entry in entries.items()},
+        lambda: read_tensors(path, entries),
+        path,
+    )
+    return model, describe(path, names, (entry.dtype for entry in entries.values()), declared)
 
 
 def find_files(path: Path) -> tuple[Path, dict | None]:
@@ -287,22 +331,70 @@ def check_declared(declared: dict, config: AutoencoderConfig, path: Path) -> Aut
     return replace(config, scale_factor=float(scale), shift_factor=float(shift))
 
 
-def fill(model: Autoencoder, path: Path, entries: dict[str, Entry], names: str) -> None:
-    """Give a model on "meta" the weights of a file, in fp32."""
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    sources = {name: their_keys(name, names, model.config.levels) for name in own}
-    wanted = {}
-    for name, keys in sources.items():
-        wanted |= dict.fromkeys(keys, (own[name][0] // len(keys), *own[name][1:]))
-    check_fit(path, "such an AutoencoderKL", wanted, {key: entry.shape for key, entry in entries.items()})
-    tensors = read_tensors(path, entries)
-    for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{path}: {key} has dtype {entries[key].dtype}: quantised weights are not read")
-    weights = {}
-    for name, keys in sources.items():
-        weights[name] = torch.cat([tensors[key].float() for key in keys]).reshape(own[name])
-    model.load_state_dict(weights, assign=True)
+# ----------------------------------------------------------------------------
+# open-LiteVAE
+
+
+def load_open_litevae(path: str | Path) -> tuple[Autoencoder, dict]:
+    """A checkpoint of open-LiteVAE as our Autoencoder, fp32, in eval mode, and where it came from.
+
+    path: a file of torch.save, Lightning's (weights under "state_dict") or the bare dict of tensors; loss.*
+    and *_ema.* keys may stand beside the weights and are left out. Scale S, B, M or L, any number of latent
+    channels and any width of the decoder; the tensors' shapes say which. The second value is that of
+    load_diffusers, with names "open-LiteVAE" and config None.
+
+    Raises ValueError in one line if the file is missing, damaged, needs code to be read, or does not fit.
+    """
+    path = Path(path)
+    tensors = {key: tensor for key, tensor in read_pickle(path).items() if not beside(key)}
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    config = open_litevae_config(shapes, path)
+    model = build(config, open_litevae_keys, shapes, lambda: tensors, path)
+    dtypes = (str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
+    return model, describe(path, "open-LiteVAE", dtypes, None)
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors that torch.save wrote, by name, with nothing executed."""
+    if not path.is_file():
+        raise ValueError(f"no file {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:      # on damaged bytes the unpickler raises nearly every type
+        reason = str(error).split("\n")[0].split(". ")[0][:120]
+        raise ValueError(f"{path} is damaged, or needs code that is not run here ({reason})") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no weights: neither a dict of tensors nor one under 'state_dict'")
+    return state
+
+
+def beside(key: str) -> bool:
+    """Whether a tensor is not the model's own: the losses' networks and the moving averages."""
+    part = key.split(".")[0]
+    return part == "loss" or part.endswith("_ema")
+
+
+def open_litevae_keys(name: str) -> list[str]:
+    """The names are ours but for the 1x1 convolutions beside a ResBlock."""
+    return [name.replace(".skip.", ".residual_conv." if name.startswith("encoder.") else ".nin_shortcut.")]
+
+
+def open_litevae_config(shapes: dict[str, tuple[int, ...]], path: Path) -> AutoencoderConfig:
+    """The preset with these widths of extractors and aggregator, and the latents and decoder of the file."""
+    names = ("extractors.0.init_conv", "aggregator.init_conv", "aggregator.conv_out")
+    keys = [*(f"encoder.{name}.weight" for name in names), "decoder.conv_out.weight"]
+    for key in keys:
+        if len(shapes.get(key, ())) != 4:
+            found = ", ".join(list(shapes)[:3]) or "nothing"
+            raise ValueError(f"{path} holds no open-LiteVAE: no convolution {key}; it begins with {found}")
+    extractor, aggregator, moments = (shapes[key][0] for key in keys[:3])
+    for config in (PRESETS[f"open-litevae-{scale}"] for scale in "sbml"):
+        if (config.extractor_channels, config.aggregator_channels) == (extractor, aggregator):
+            decoder = shapes[keys[3]][1]
+            return replace(config, latent_channels=moments // 2, decoder_channels=decoder)
+    widths = f"{extractor} and {aggregator}"
+    raise ValueError(f"{path} has extractors and aggregator of widths {widths}: not those of S, B, M or L")
 
 
 # ----------------------------------------------------------------------------

@@ -4,7 +4,7 @@ LiteVAE (Sadat et al., NeurIPS 2024, arXiv 2405.14477) replaces the convolutiona
 by a Haar transform, one small UNet per wavelet level (Sec. 4.1, App. F, G) and one that aggregates them; its
 decoder swaps group normalisation for self-modulated convolutions (Eq. 3). This file also holds the SD-VAE
 encoder (Rombach et al. 2022), so that one class trains and measures both. The paper's other options are in
-ablations.py, VQ-GAN's codebook in quantize.py.
+ablations.py, VQ-GAN's codebook in quantize.py, open-LiteVAE's two halves in openlitevae.py.
 
 What differs from the paper is marked `# differs from the paper:`. Exact parameter counts: `python model.py`.
 
@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ablations import LearnedPool, NAFBlock, ViTAggregator, WaveletEncoder, check_combinations
 from blocks import Attention, Downsample, ResBlock, SelfModulatedConv2d, Upsample, group_norm
+from openlitevae import OpenLiteVAEDecoder, OpenLiteVAEEncoder, PostNormBlock, check_options
 from quantize import Quantized, VectorQuantizer
 from wavelets import FILTERS, dwt2, full_precision, idwt2
 
@@ -38,7 +39,8 @@ class AutoencoderConfig:
     """Everything that fixes an architecture. Plain values only: it travels inside every checkpoint."""
 
     encoder: str = "litevae"                   # "litevae" (wavelets and UNets), "sd" (the KL-f8 pyramid),
-                                               # "dwt" or "dwt2" (the wavelet bands themselves, App. B)
+                                               # "dwt" or "dwt2" (the wavelet bands themselves, App. B),
+                                               # "open-litevae" (of openlitevae.py)
     in_channels: int = 3                       # of the image; 3 for RGB, 1 for grey
     latent_channels: int = 12                  # n_z; the paper's main tables use 12, SD-VAE 4
     levels: int = 3                            # wavelet levels; the downsample factor is f = 2 ** levels
@@ -46,7 +48,10 @@ class AutoencoderConfig:
     extractor_mult: tuple[int, ...] = (1, 2, 3)
     aggregator_channels: int = 32              # C and multiples of F_agg
     aggregator_mult: tuple[int, ...] = (1, 2, 3)
+    extractor_blocks: int = 2                  # ResBlocks per width: 2 (App. G), 3 to 5 in open-LiteVAE
+    aggregator_blocks: int = 2
     sd_channels: int = 128                     # width of the "sd" encoder
+    decoder: str = "sd"                        # "sd" (Decoder, below) or "open-litevae"
     decoder_channels: int = 128
     decoder_blocks: int = 3                    # ResBlocks per resolution of the decoder
     decoder_norm: str = "smc"                  # "smc" (Sec. 4.3, Table 4) or "group"
@@ -67,7 +72,8 @@ class AutoencoderConfig:
     shift_factor: float = 0.0
 
     def __post_init__(self) -> None:
-        check_choice("encoder", self.encoder, ("litevae", "sd", "dwt", "dwt2"))
+        check_choice("encoder", self.encoder, ("litevae", "sd", "dwt", "dwt2", "open-litevae"))
+        check_choice("decoder", self.decoder, ("sd", "open-litevae"))
         check_choice("decoder_norm", self.decoder_norm, ("smc", "group"))
         check_choice("output", self.output, ("image", "wavelet"))
         check_choice("levels", self.levels, tuple(PYRAMID_MULT))
@@ -81,6 +87,7 @@ class AutoencoderConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         check_combinations(self)
+        check_options(self)
 
     @property
     def downsample_factor(self) -> int:
@@ -233,6 +240,8 @@ def build_encoder(config: AutoencoderConfig) -> nn.Module:
     """x (B, C, H, W) -> moments (B, 2Z, h, w), or (B, Z, h, w) with a codebook."""
     if config.encoder in ("dwt", "dwt2"):
         return WaveletEncoder(config.levels, config.wavelet, details=config.encoder == "dwt2")
+    if config.encoder == "open-litevae":
+        return OpenLiteVAEEncoder(config)
     return LiteVAEEncoder(config) if config.encoder == "litevae" else SDEncoder(config)
 
 
@@ -283,6 +292,11 @@ class Decoder(nn.Module):
         return self.head(self.features(z))
 
 
+def build_decoder(config: AutoencoderConfig) -> nn.Module:
+    """z (B, Z, h, w) -> (B, C, H, W), in two steps: features and head."""
+    return Decoder(config) if config.decoder == "sd" else OpenLiteVAEDecoder(config)
+
+
 # ----------------------------------------------------------------------------
 # the autoencoder
 
@@ -308,7 +322,7 @@ class Autoencoder(nn.Module):
         self.encoder = build_encoder(config)
         self.quant_conv = nn.Conv2d(moments, moments, 1) if conv1x1 else nn.Identity()
         self.post_quant_conv = nn.Conv2d(nz, nz, 1) if conv1x1 else nn.Identity()
-        self.decoder = Decoder(config)
+        self.decoder = build_decoder(config)
         self.quantizer = None
         if config.codebook_size:
             self.quantizer = VectorQuantizer(config.codebook_size, nz, config.codebook_update)
@@ -368,7 +382,7 @@ class Autoencoder(nn.Module):
 
 
 def init_weights(model: Autoencoder) -> None:
-    """Starting values of the LiteVAE encoder and of the SMC decoder; all else keeps torch's, as LDM does.
+    """Starting values of the LiteVAE encoder and of SMC decoders; all else keeps torch's, as LDM does.
 
         main path of each UNet: conv_in, 1x1 skips, conv_out         isometry (a ViT's: ablations.py)
         second conv of each UNet ResBlock                            0, as in ADM (a NAFBlock's: ablations.py)
@@ -394,11 +408,11 @@ def init_weights(model: Autoencoder) -> None:
         nn.init.constant_(head.bias[nz:], -6.0)
     if model.config.decoder_norm == "smc":
         isometry(model.decoder.conv_in, model.decoder.conv_out)
-        if model.decoder.wavelet:
+        if model.config.output == "wavelet":
             model.decoder.conv_out.weight.data /= 2                      # head() doubles its bands
         for module in model.decoder.modules():
-            if isinstance(module, (ResBlock, Upsample)):
-                isometry(module.skip if isinstance(module, ResBlock) else module.conv)
+            if isinstance(module, (ResBlock, PostNormBlock, Upsample)):
+                isometry(module.conv if isinstance(module, Upsample) else module.skip)
 
 
 def isometry(*convs: nn.Module, outputs: int | None = None) -> None:
@@ -420,6 +434,7 @@ def isometry(*convs: nn.Module, outputs: int | None = None) -> None:
 
 SD_VAE = dict(encoder="sd", conv1x1=True, decoder_norm="group", decoder_attention=True)
 
+OPEN = dict(encoder="open-litevae", decoder="open-litevae")
 # fmt: off
 PRESETS = {
     "litevae-s":          scale_config("S"),
@@ -438,6 +453,10 @@ PRESETS = {
     "litevae-b-conv":     scale_config("B", downsample="conv"),
     "dwt":                AutoencoderConfig(encoder="dwt"),                             # App. B
     "dwt2":               AutoencoderConfig(encoder="dwt2", latent_channels=48),
+    "open-litevae-s":     scale_config("S", extractor_blocks=3, aggregator_blocks=3, **OPEN),
+    "open-litevae-b":     scale_config("B", extractor_blocks=4, aggregator_blocks=4, **OPEN),
+    "open-litevae-m":     scale_config("M", extractor_blocks=5, aggregator_blocks=4, **OPEN),
+    "open-litevae-l":     scale_config("L", extractor_blocks=5, aggregator_blocks=4, **OPEN),
     "sd-vae":             AutoencoderConfig(latent_channels=4, **SD_VAE),
     "vq-f8":              AutoencoderConfig(latent_channels=4, codebook_size=16_384, **SD_VAE),
     "vq-f4":              AutoencoderConfig(latent_channels=3, levels=2, codebook_size=8_192, **SD_VAE),

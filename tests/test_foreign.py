@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,17 @@ from torch import Tensor, nn
 
 import metrics
 from checkpoint import load_model, save
-from foreign import DIFFUSERS, LDM, OLD_DIFFUSERS, load_callable, load_diffusers, read_header, read_tensors
+from foreign import (
+    DIFFUSERS,
+    LDM,
+    OLD_DIFFUSERS,
+    load_callable,
+    load_diffusers,
+    load_open_litevae,
+    read_header,
+    read_tensors,
+)
+from model import PRESETS, Autoencoder
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -199,10 +209,10 @@ def copy_folder(folder: Path, to: Path, config: dict | None = None, state: dict 
     save_file(load_file(folder / WEIGHTS) if state is None else state, to / WEIGHTS)
 
 
-def refusal(path: Path) -> str:
-    """The message of the ValueError, which is one line and begins with or names the path."""
+def refusal(path: Path, load=load_diffusers) -> str:
+    """The message of the ValueError, which is one line and names the path."""
     with pytest.raises(ValueError) as error:
-        load_diffusers(path)
+        load(path)
     message = str(error.value)
     assert "\n" not in message and str(path) in message and len(message) < 600, message
     return message.replace(str(path), "PATH")
@@ -243,7 +253,8 @@ CHANGES = {   # name: (keys that go, tensors that come, what the line must say)
                     "encoder.down_blocks.0.resnets.2.conv1.weight has no place"),
     "levels": ([], {f"encoder.down_blocks.{i}.x": torch.ones(1) for i in (4, 5)}, "6 resolutions"),
     "width": ([], {"encoder.conv_in.weight": torch.ones(24, 3, 3, 3)}, "widths 24 and 32"),
-    "quantised": ([], {"quant_conv.bias": torch.ones(8, dtype=torch.int8)}, "quant_conv.bias has dtype I8"),
+    "quantised": ([], {"quant_conv.bias": torch.ones(8, dtype=torch.int8)},
+                  "quant_conv.bias has dtype torch.int8"),
     "fp8": ([], {"quant_conv.bias": torch.ones(8, dtype=torch.float8_e4m3fn)},
             "quant_conv.bias has dtype F8_E4M3"),
 }  # fmt: skip
@@ -359,6 +370,75 @@ def test_every_truncation_is_refused(folder, tmp_path):
     for i in range(40):
         (tmp_path / "x.safetensors").write_bytes(whole[: len(whole) * i // 40])
         refusal(tmp_path / "x.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# open-LiteVAE; its names, shapes and known answers are in test_openlitevae.py
+
+
+def open_state(scale: str = "s", **options) -> dict[str, Tensor]:
+    """Random weights under open-LiteVAE's names, behind a small decoder."""
+    torch.manual_seed(0)
+    net = Autoencoder(replace(PRESETS[f"open-litevae-{scale}"], decoder_channels=4, **options))
+    words = {"encoder": "residual_conv", "decoder": "nin_shortcut"}
+    state = {key.replace("skip", words[key[:7]]): tensor for key, tensor in net.state_dict().items()}
+    return {key: tensor.reshape(1) if key.endswith("gain") else tensor for key, tensor in state.items()}
+
+
+@pytest.mark.parametrize("scale, channels", [("s", 12), ("b", 4), ("m", 12), ("l", 16)])
+def test_open_litevae_scale_is_read_off_the_shapes(tmp_path, scale, channels):
+    """S, B, M and L, any latent, with and without Lightning's wrapper, in half precision too."""
+    state = open_state(scale, latent_channels=channels)
+    torch.save({"state_dict": state, "epoch": 1} if scale == "b" else state, tmp_path / "x.ckpt")
+    ours, source = load_open_litevae(tmp_path / "x.ckpt")
+    wanted = replace(PRESETS[f"open-litevae-{scale}"], decoder_channels=4, latent_channels=channels)
+    assert ours.config == wanted and not ours.training
+    assert ours.decoder.conv_norm.gain.shape == () and source["dtypes"] == ["float32"]
+    assert source["sha256"] == hashlib.sha256((tmp_path / "x.ckpt").read_bytes()).hexdigest()
+    torch.save({key: tensor.half() for key, tensor in state.items()}, tmp_path / "x.ckpt")
+    halved, source = load_open_litevae(tmp_path / "x.ckpt")
+    assert source["dtypes"] == ["float16"] and {p.dtype for p in halved.parameters()} == {torch.float32}
+    for key, tensor in ours.state_dict().items():
+        assert torch.equal(halved.state_dict()[key], tensor.half().float())
+
+
+OPEN_CHANGES = {   # name: (keys that go, tensors that come, what the line must say)
+    "missing": (["decoder.conv_norm.gain"], {}, "decoder.conv_norm.gain is missing"),
+    "missing first": (["encoder.aggregator.init_conv.weight"], {},
+                      "holds no open-LiteVAE: no convolution encoder.aggregator.init_conv.weight"),
+    "shortcut": (["decoder.up.0.block.0.nin_shortcut.bias"],
+                 {"decoder.up.0.block.0.skip.bias": torch.ones(4)},
+                 "block.0.nin_shortcut.bias is missing; decoder.up.0.block.0.skip.bias has no place"),
+    "more": ([], {"quant_conv.weight": torch.ones(2)}, "quant_conv.weight has no place"),
+    "shape": ([], {"decoder.conv_in.bias": torch.ones(5)}, "decoder.conv_in.bias is (5,) and not (16,)"),
+    "scale": ([], {"encoder.aggregator.init_conv.weight": torch.ones(24, 36, 3, 3)}, "widths 16 and 24"),
+    "integers": ([], {"decoder.conv_in.bias": torch.ones(16, dtype=torch.int32)}, "dtype torch.int32"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", OPEN_CHANGES)
+def test_other_checkpoints_are_no_open_litevae(tmp_path, change):
+    """One tensor too few, too many or of another shape or kind: the line names it as the file does."""
+    gone, new, message = OPEN_CHANGES[change]
+    state = {key: tensor for key, tensor in (open_state() | new).items() if key not in gone}
+    torch.save({"state_dict": state}, tmp_path / "x.ckpt")
+    assert message in refusal(tmp_path / "x.ckpt", load_open_litevae)
+
+
+def test_files_that_hold_no_weights(tmp_path, parent):
+    """No file, damaged bytes, a pickle that would run code, other dicts, and a checkpoint of train.py."""
+    path = tmp_path / "x.ckpt"
+    assert refusal(path, load_open_litevae) == "no file PATH"
+    path.write_bytes(b"PK" + bytes(50))
+    assert "is damaged, or needs code" in refusal(path, load_open_litevae)
+    torch.save({"state_dict": open_state(), "hyper_parameters": Path("x")}, path)
+    assert "needs code that is not run here" in refusal(path, load_open_litevae)
+    for other in ([1], {"state_dict": 3}, {"a": "b"}):
+        torch.save(other, path)
+        assert "holds no weights" in refusal(path, load_open_litevae)
+    assert "holds no weights" in refusal(parent.folder / "ckpt.pt", load_open_litevae)
+    torch.save(text_encoder(), path)
+    assert "it begins with text_model.embeddings" in refusal(path, load_open_litevae)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -36,6 +36,8 @@ VARIANTS = {
     "wavelet": dict(output="wavelet"),
     "conv1x1": dict(conv1x1=True),
     "sd": dict(encoder="sd", conv1x1=True, **GROUP),
+    "open": dict(encoder="open-litevae", decoder="open-litevae", extractor_channels=16,
+                 aggregator_channels=16),
 }
 
 
@@ -600,7 +602,7 @@ def test_config_survives_a_checkpoint(name, tmp_path):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: AutoencoderConfig(encoder="vit"), "encoder must be .* litevae, sd, dwt, dwt2, got 'vit'"),
+        (lambda: AutoencoderConfig(encoder="vit"), "encoder must be .* litevae, sd, dwt, .*, got 'vit'"),
         (lambda: AutoencoderConfig(decoder_norm="batch"), "decoder_norm must be .* smc, group, got 'batch'"),
         (lambda: AutoencoderConfig(output="bands"), "output must be one of image, wavelet, got 'bands'"),
         (lambda: AutoencoderConfig(levels=1), "levels must be one of 2, 3, 4, got 1"),
