@@ -75,11 +75,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num-workers", type=cli.natural, default=4, help="loader processes of each training process")
 
     add = parser.add_argument_group("model").add_argument
-    add("--encoder", choices=("litevae", "sd"), default="litevae", help="wavelets and UNets, or SD-VAE's")
-    add("--scale", choices=tuple(SCALES), default="B", help="of the litevae encoder, paper Table 2")
+    add("--encoder", choices=("litevae", "sd", "open-litevae"), default="litevae",
+        help="wavelets and UNets, SD-VAE's, or open-LiteVAE's")
+    add("--scale", choices=tuple(SCALES), default="B", help="of encoders with wavelets, paper Table 2")
+    add("--extractor-blocks", type=cli.positive, default=2, help="per width; open-LiteVAE: 3, 4, 5, 5")
+    add("--aggregator-blocks", type=cli.positive, default=2, help="per width; open-LiteVAE: 3, 4, 4, 4")
     add("--latent-channels", type=cli.positive, default=12, help="n_z")
     add("--levels", type=int, choices=(2, 3, 4), default=3, help="the latent is 4, 8 or 16 times smaller")
     add("--in-channels", type=int, choices=(1, 3), default=3, help="1 trains on grey images")
+    add("--decoder", choices=("sd", "open-litevae"), default="sd", help="the paper's, or open-LiteVAE's")
     add("--dec-channels", type=cli.positive, default=128, help="base width of the decoder")
     add("--dec-blocks", type=cli.positive, default=3, help="ResBlocks per resolution of the decoder")
     add("--decoder-norm", choices=("smc", "group"), default="smc", help="paper Table 4")
@@ -129,7 +133,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--keep", type=cli.natural, default=1, help="older checkpoints to keep beside ckpt.pt")
 
     args = parser.parse_args(argv)
-    name = f"litevae-{args.scale.lower()}" if args.encoder == "litevae" else args.encoder
+    name = args.encoder if args.encoder == "sd" else f"{args.encoder}-{args.scale.lower()}"
     args.out = args.out or f"out/{name}-{args.res}"
     return args
 
@@ -137,8 +141,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def build_config(args: argparse.Namespace) -> AutoencoderConfig:
     """The architecture that the flags ask for."""
     return scale_config(
-        args.scale if args.encoder == "litevae" else "B",         # the sd encoder has one scale
+        "B" if args.encoder == "sd" else args.scale,              # the sd encoder has one scale
         encoder=args.encoder,
+        extractor_blocks=args.extractor_blocks,
+        aggregator_blocks=args.aggregator_blocks,
+        decoder=args.decoder,
         in_channels=args.in_channels,
         latent_channels=args.latent_channels,
         levels=args.levels,

@@ -99,6 +99,7 @@ def test_default_out():
     """out/<model>-<res>."""
     assert train.parse_args([]).out == "out/litevae-b-128"
     assert train.parse_args(["--encoder", "sd", "--res", "256"]).out == "out/sd-256"
+    assert train.parse_args(["--encoder", "open-litevae"]).out == "out/open-litevae-b-128"
 
 
 # ---- what happens in a step --------------------------------------------------------------------------------
@@ -447,6 +448,9 @@ SHAPES = [  # flags, a tensor of the model, its shape
     ("--levels 2", "decoder.up.4.conv1.conv.weight", (8, 16, 3, 3)),
     ("--levels 4 --res 64", "encoder.extractors.3.conv_in.weight", (16, 12, 3, 3)),
     ("--encoder sd --steps 1 --ema-decay 0", "encoder.conv_in.weight", (128, 3, 3, 3)),
+    ("--encoder open-litevae --extractor-blocks 3", "encoder.extractors.0.mid_block.2.norm1.weight", (32,)),
+    ("--encoder open-litevae --aggregator-blocks 3", "encoder.aggregator.mid_block.2.norm1.weight", (32,)),
+    ("--decoder open-litevae", "decoder.conv_norm.scales", (8,)),
     ("--output wavelet", "decoder.conv_out.weight", (12, 8, 3, 3)),
     ("--decoder-norm group", "decoder.norm_out.weight", (8,)),
     ("--decoder-attention", "decoder.mid.1.qkv.weight", (96, 32, 1, 1)),
@@ -556,6 +560,8 @@ UNET = "--data synthetic --res 64 --disc unet-s --conv1x1"
     ("--data broken --val-data synthetic", "3 broken images in a row"),
     ("--data synthetic --val-data missing", "no 'missing'; give folders"),
     ("--data synthetic --val-data broken", "'broken': the first images to validate on are all broken"),
+    ("--data synthetic --aggregator-blocks 3", "aggregator_blocks are 2 in litevae, got (2, 3)"),
+    ("--data synthetic --decoder open-litevae --output wavelet", "it needs decoder_norm=smc"),
     ("--data synthetic --freeze-encoder", "give a trained one with --init CKPT"),
     ("--data synthetic --adaptive-weight", "--adaptive-weight needs a discriminator, got --disc none"),
     ("--data synthetic --ema-decay 1", "--ema-decay must be below 1, got 1.0"),
