@@ -112,7 +112,7 @@ def read_tensors(path: str | Path, entries: dict[str, Entry]) -> dict[str, Tenso
 # ----------------------------------------------------------------------------
 # names of tensors: ours, and those of three generations of files
 
-DIFFUSERS, OLD_DIFFUSERS, LDM = "diffusers", "diffusers before 0.18", "LDM"
+DIFFUSERS, OLD_DIFFUSERS, LDM = "diffusers", "old diffusers", "LDM"
 QKV = {DIFFUSERS: ("to_q", "to_k", "to_v"), OLD_DIFFUSERS: ("query", "key", "value"), LDM: ("q", "k", "v")}
 # fmt: off
 NAMES = {  # ours: (diffusers, LDM); mid.1.norm before mid.1, as they are replaced in this order
