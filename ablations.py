@@ -34,9 +34,8 @@ def check_combinations(config) -> None:
             raise ValueError(f"{name}={getattr(config, name)} needs encoder=litevae, got {config.encoder}")
     idle = config.encoder == "open-litevae" or config.encoder == "sd" and config.output == "image"
     if config.wavelet != "haar" and idle:
-        raise ValueError(
-            f"wavelet={config.wavelet} has nothing to act on: encoder={config.encoder}, output={config.output}"
-        )
+        where = f"encoder={config.encoder} and output={config.output}"
+        raise ValueError(f"wavelet={config.wavelet} has nothing to act on: {where}")
     if config.codebook_update == "ema" and not config.codebook_size:
         raise ValueError("codebook_update=ema needs a codebook: set codebook_size, or leave it out")
     if (config.aggregator == "vit") != bool(config.resolution):
