@@ -1,7 +1,9 @@
 """PatchGAN (Isola et al. 2017, as in taming) and the U-Net discriminator (Schonfeld et al. 2020).
 
 Every discriminator maps images (B, C, H, W) in [-1, 1] to a tuple of logit tensors, one per head, so that
-the losses treat them alike.
+the losses treat them alike. It says how many `heads` it has, and that it takes images whose sides are
+multiples of `stride` and at least `min_size` pixels. DISCRIMINATORS, at the end, builds each from the
+number of channels and the side of the training images; stylegan.py and gigagan.py hold two more.
 
 What differs from the published nets. U-Net: one network for every size. It is the published layout for 256
 (stride 64) without the linear layer that it builds and never uses; the image head pools by 16 x mean
@@ -16,6 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gigagan import GigaGANDiscriminator
+from spectral_norm import SpectralConv2d
+from stylegan import StyleGANDiscriminator
+
 # ----------------------------------------------------------------------------
 # PatchGAN
 
@@ -29,6 +35,7 @@ class PatchGAN(nn.Module):
 
     stride = 8
     min_size = 32
+    heads = 1
 
     def __init__(self, in_channels: int = 3, width: int = 64) -> None:
         super().__init__()
@@ -61,39 +68,6 @@ class PatchGAN(nn.Module):
 
 # ----------------------------------------------------------------------------
 # U-Net discriminator
-
-
-class SpectralConv2d(nn.Conv2d):
-    """Convolution with weight W / sigma(W), sigma the largest singular value of W as a matrix (out, in k k).
-
-    sigma = u' W v, where one power iteration per call of `power_iteration` tracks u and v; the forward pass
-    changes no state, so it may run any number of times per step. Orthogonal init, so sigma starts exact.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
-        nn.init.orthogonal_(self.weight)
-        self.register_buffer("u", F.normalize(torch.randn(out_channels), dim=0))
-        self.register_buffer("v", torch.zeros(self.weight[0].numel()))
-        self.power_iteration()
-
-    @torch.no_grad()
-    def power_iteration(self) -> None:
-        matrix = self.weight.flatten(1)
-        self.v.copy_(F.normalize(matrix.mT @ self.u, dim=0))
-        self.u.copy_(F.normalize(matrix @ self.v, dim=0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        # elementwise, not u @ W @ v: autocast would round a matrix product to bf16
-        sigma = (self.u[:, None] * self.weight.flatten(1) * self.v).sum()
-        return F.conv2d(x, self.weight / sigma, self.bias, padding=self.padding)
-
-
-def update_spectral_norm(disc: nn.Module) -> None:
-    """One power iteration in every SpectralConv2d of `disc`; depends on the weights alone, so ranks agree."""
-    for module in disc.modules():
-        if isinstance(module, SpectralConv2d):
-            module.power_iteration()
 
 
 class DownBlock(nn.Module):
@@ -136,6 +110,7 @@ class UNetDiscriminator(nn.Module):
 
     stride = 64
     min_size = 64
+    heads = 2
     DOWN = (1, 2, 4, 8, 8, 16)          # widths after each halving, in units of `width`
     UP = (8, 8, 4, 2, 1, 1)             # widths after each doubling
 
@@ -169,14 +144,24 @@ class UNetDiscriminator(nn.Module):
 
 
 # ----------------------------------------------------------------------------
-# presets
+# presets, and what holds for all
 
+# name -> function of (channels, side) of the training images
 DISCRIMINATORS = {
-    "patch": lambda in_channels: PatchGAN(in_channels),
-    "unet-s": lambda in_channels: UNetDiscriminator(in_channels, width=16),
-    "unet-m": lambda in_channels: UNetDiscriminator(in_channels, width=32),
-    "unet-l": lambda in_channels: UNetDiscriminator(in_channels, width=64),
+    "patch": lambda in_channels, res: PatchGAN(in_channels),
+    "unet-s": lambda in_channels, res: UNetDiscriminator(in_channels, width=16),
+    "unet-m": lambda in_channels, res: UNetDiscriminator(in_channels, width=32),
+    "unet-l": lambda in_channels, res: UNetDiscriminator(in_channels, width=64),
+    "stylegan": StyleGANDiscriminator,
+    "gigagan": lambda in_channels, res: GigaGANDiscriminator(in_channels),
 }
+
+
+def update_spectral_norm(disc: nn.Module) -> None:
+    """One power iteration in every SpectralConv2d of `disc`; depends on the weights alone, so ranks agree."""
+    for module in disc.modules():
+        if isinstance(module, SpectralConv2d):
+            module.power_iteration()
 
 
 def check_size(disc: nn.Module, height: int, width: int) -> None:

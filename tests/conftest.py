@@ -12,6 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from discriminators import PatchGAN, UNetDiscriminator
+from gigagan import GigaGANDiscriminator
+from stylegan import StyleGANDiscriminator
 from synthetic import dead_leaves
 
 ROOT = Path(__file__).parents[1]
@@ -19,6 +22,14 @@ ROOT = Path(__file__).parents[1]
 SMALL = ("--scale S --dec-channels 8 --dec-blocks 1 --res 32 --disc none --lpips-weight 0 --steps 2 "
          "--warmup 0 --clip 0 --batch-size 2 --num-workers 0 --val-count 2 --log-every 1 --device cpu "
          "--precision fp32 --out run")
+
+# each kind of discriminator, small enough for float64 and for many passes, for images of 64 x 64
+SMALL_DISCS = {
+    "patch": lambda in_channels=3: PatchGAN(in_channels, width=4),
+    "unet": lambda in_channels=3: UNetDiscriminator(in_channels, width=2),
+    "stylegan": lambda in_channels=3: StyleGANDiscriminator(in_channels, res=64, base=128),
+    "gigagan": lambda in_channels=3: GigaGANDiscriminator(in_channels, width=4),
+}
 
 
 def call(script: str, folder: Path, flags: str) -> None:

@@ -2,22 +2,26 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import SMALL_DISCS
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.parametrizations import spectral_norm
 
+import losses
 from discriminators import (
     DISCRIMINATORS,
     DownBlock,
     PatchGAN,
-    SpectralConv2d,
     UNetDiscriminator,
     UpBlock,
     check_size,
     update_spectral_norm,
 )
+from spectral_norm import SpectralConv2d
 
 
 def images(*shape: int) -> torch.Tensor:
@@ -98,7 +102,7 @@ def test_patchgan_initialisation():
 def test_unet_parameters(name, total):
     """The published 256 layout without the linear layer that it never uses; one network for every size."""
     with torch.device("meta"):
-        disc = DISCRIMINATORS[f"unet-{name}"](3)
+        disc = DISCRIMINATORS[f"unet-{name}"](3, 256)
     assert count(disc) == total
 
 
@@ -111,12 +115,29 @@ def test_unet_parameters_per_block():
     assert (count(disc.pixel_head), count(disc.image_head)) == (17, 257)
 
 
-def test_presets_take_any_channels():
-    """Every preset maps grey images too, to a tuple of logits."""
-    for build in DISCRIMINATORS.values():
-        with torch.device("meta"):
-            logits = build(1)(torch.empty(2, 1, 64, 64))
-        assert isinstance(logits, tuple) and all(head.shape[:2] == (2, 1) for head in logits)
+@pytest.mark.parametrize("name", DISCRIMINATORS)
+def test_presets_take_any_channels(name):
+    """Every preset maps grey images, too, to a tuple of as many logit tensors as it says it has heads."""
+    with FakeTensorMode():
+        disc = DISCRIMINATORS[name](1, 64)
+        check_size(disc, 64, 64)
+        logits = disc(torch.empty(2, 1, 64, 64))
+    assert isinstance(logits, tuple) and len(logits) == disc.heads
+    assert all(head.shape[0] == 2 and head.ndim == 4 for head in logits)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (128, 128), (256, 256), (320, 192)], ids=str)
+@pytest.mark.parametrize("name", DISCRIMINATORS)
+def test_presets_take_these_sizes(name, size):
+    """Built for 64, 128 and 256 all do; 320x192 those whose layers slide, which StyleGAN2's last do not."""
+    if name == "stylegan" and size[0] != size[1]:
+        with pytest.raises(ValueError, match="takes squares of .* pixels, got 320: choose another --res"):
+            DISCRIMINATORS[name](3, size[0])
+        return
+    with FakeTensorMode():
+        disc = DISCRIMINATORS[name](3, size[0])
+        check_size(disc, *size)
+        assert all(len(head) == 1 for head in disc(torch.empty(1, 3, *size)))
 
 
 @pytest.mark.parametrize("height, width", [(64, 64), (128, 128), (256, 256), (320, 192)])
@@ -198,11 +219,11 @@ def test_unet_skips():
         assert torch.equal(entering[i], torch.cat([ups[i - 1], downs[5 - i]], dim=1))
 
 
-@pytest.mark.parametrize("name", ["patch", "unet"])
+@pytest.mark.parametrize("name", SMALL_DISCS)
 def test_gradient_reaches_the_image_and_the_image_stays(name):
     """Every pixel has a gradient from every head; no ReLU works in place on the input."""
     torch.manual_seed(0)
-    disc = PatchGAN(width=8) if name == "patch" else unet()
+    disc = SMALL_DISCS[name]()
     x = images(2, 3, 64, 64)
     before = x.clone()
     for head in range(len(disc(x))):
@@ -210,7 +231,38 @@ def test_gradient_reaches_the_image_and_the_image_stays(name):
         disc(leaf)[head].square().mean().backward()
         assert leaf.grad.isfinite().all() and (leaf.grad != 0).float().mean() > 0.99
     assert torch.equal(x, before)
-    assert all(parameter.grad is not None for parameter in disc.parameters())
+
+
+@pytest.mark.parametrize("name", SMALL_DISCS)
+def test_gradient_reaches_every_parameter(name):
+    """One backward pass leaves a finite gradient at every parameter, and none that is 0 throughout."""
+    torch.manual_seed(0)
+    disc = SMALL_DISCS[name]()
+    with torch.no_grad():
+        for parameter in disc.parameters():                     # some start at 0 and block what lies behind
+            parameter += 0.05 * torch.randn_like(parameter)
+    losses.adv_loss("logistic", disc(images(2, 3, 64, 64))).backward()
+    for key, parameter in disc.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+        assert parameter.grad.any(), key
+
+
+@pytest.mark.parametrize("name", SMALL_DISCS)
+def test_loss_values(name):
+    """Hinge and logistic losses of each discriminator's own logits equal numpy's formulas, head by head."""
+    torch.manual_seed(0)
+    disc = SMALL_DISCS[name]()
+    x = images(3, 3, 64, 64)
+    with torch.no_grad():
+        real, fake = disc(x), disc(0.5 * x.flip(2))
+    pairs = [(r.double().numpy(), f.double().numpy()) for r, f in zip(real, fake, strict=True)]
+    hinge = [0.5 * np.maximum(0, 1 - r).mean() + 0.5 * np.maximum(0, 1 + f).mean() for r, f in pairs]
+    logistic = [0.5 * np.log1p(np.exp(-r)).mean() + 0.5 * np.log1p(np.exp(f)).mean() for r, f in pairs]
+    assert losses.disc_loss("hinge", real, fake).item() == pytest.approx(np.mean(hinge), rel=1e-5)
+    assert losses.disc_loss("logistic", real, fake).item() == pytest.approx(np.mean(logistic), rel=1e-5)
+    hinge, logistic = [-f.mean() for _, f in pairs], [np.log1p(np.exp(-f)).mean() for _, f in pairs]
+    assert losses.adv_loss("hinge", fake).item() == pytest.approx(np.mean(hinge), rel=1e-5)
+    assert losses.adv_loss("logistic", fake).item() == pytest.approx(np.mean(logistic), rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -243,9 +295,10 @@ def test_every_conv_but_the_last_is_spectral_normed():
     assert plain == [disc.pixel_head] and disc.pixel_head.kernel_size == (1, 1)
 
 
-def test_power_iterations_find_the_spectral_norm():
+@pytest.mark.parametrize("name", ["unet", "gigagan"])
+def test_power_iterations_find_the_spectral_norm(name):
     """After the weights moved, 30 updates bring every normalised weight's largest singular value to 1."""
-    disc = unet()
+    disc = unet() if name == "unet" else SMALL_DISCS[name]()
     with torch.no_grad():
         for i, conv in enumerate(convs(disc)):
             generator = torch.Generator().manual_seed(i)

@@ -11,7 +11,10 @@ ROOT = Path(__file__).parents[1]
 GRAPH = {
     "wavelets": set(),
     "synthetic": set(),
-    "discriminators": set(),
+    "spectral_norm": set(),
+    "stylegan": {"wavelets"},
+    "gigagan": {"spectral_norm", "stylegan", "wavelets"},
+    "discriminators": {"gigagan", "spectral_norm", "stylegan"},
     "distributed": set(),
     "cli": {"distributed"},
     "data": {"synthetic"},

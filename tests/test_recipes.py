@@ -34,7 +34,7 @@ def test_recipe(name):
     args = train.parse_args([f"@recipes/{name}"])
     train.check_flags(args, train.build_config(args))
     if args.disc != "none":
-        check_size(DISCRIMINATORS[args.disc](args.in_channels), args.res, args.res)
+        check_size(DISCRIMINATORS[args.disc](args.in_channels, args.res), args.res, args.res)
     assert re.search(r"arXiv 2405\.14477|open-LiteVAE|The demo", comment(name).splitlines()[0])
     assert [f"@recipes/{name}"] in commands(name)
     for command in commands(name):

@@ -151,8 +151,8 @@ def test_discriminator_sees_detached_images(train_run, watch, monkeypatch):
     """Only in the autoencoder's half do gradients pass through the discriminator's input, and to it none."""
     passes, disc = [], train.DISCRIMINATORS["unet-s"]
 
-    def spied(in_channels):
-        net = disc(in_channels)
+    def spied(in_channels, res):
+        net = disc(in_channels, res)
         net.register_forward_pre_hook(lambda net, args: passes.append(
             (args[0].requires_grad, any(p.requires_grad for p in net.parameters()))))
         return net
