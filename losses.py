@@ -10,6 +10,7 @@ adversarial terms are means over logits. Every function computes in fp32 whateve
 """
 
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import lpips
@@ -215,20 +216,25 @@ def load_vgg(vgg_file: str | None = None, timeout: float = 30.0) -> dict[str, Te
     cache, else downloaded there. Raises ValueError, in one line that says where it looked and what to do,
     if none works.
     """
-    url = VGG16_Weights.IMAGENET1K_V1.url
-    path = Path(vgg_file or Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1])
+    need, advice = "LPIPS needs VGG16", "pass --vgg-file FILE, or train without LPIPS: --lpips-weight 0"
+    return load_features(vgg16, VGG16_Weights.IMAGENET1K_V1.url, vgg_file, timeout, need, advice)
+
+
+def load_features(build: Callable[[], nn.Module], url: str, file: str | None, timeout: float,
+                  need: str, advice: str) -> dict[str, Tensor]:
+    """The weights of build().features, torchvision's; `file`, cache and errors as of `load_vgg`."""
+    path = Path(file or Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1])
     try:
-        if not vgg_file and not path.exists():
+        if not file and not path.exists():
             download(url, path, timeout)
         state = torch.load(path, map_location="cpu", weights_only=True)
         with torch.device("meta"):
-            net = vgg16().features
+            net = build().features
         names = [name for name in state if not name.startswith("classifier.")]
         net.load_state_dict({name.removeprefix("features."): state[name] for name in names}, assign=True)
     except Exception as error:      # a wrong file makes torch raise nearly every type
         raise ValueError(
-            f"LPIPS needs VGG16 weights and could not load {path} ({one_line(error)}): "
-            f"put {path.name} there, pass --vgg-file FILE, or train without LPIPS: --lpips-weight 0"
+            f"{need} weights and could not load {path} ({one_line(error)}): put {path.name} there, {advice}"
         ) from error
     return net.state_dict()
 
