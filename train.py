@@ -38,10 +38,14 @@ import data
 import distributed
 import losses
 import metrics
+import optional_losses
+import quantize
+import regularisers
 from discriminators import DISCRIMINATORS, check_size, update_spectral_norm
 from distributed import print0
 from losses import DEFAULT_WEIGHTS as W
 from model import SCALES, Autoencoder, AutoencoderConfig, count_parameters, scale_config
+from wavelets import FILTERS
 
 # ----------------------------------------------------------------------------
 # flags
@@ -75,11 +79,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num-workers", type=cli.natural, default=4, help="loader processes of each training process")
 
     add = parser.add_argument_group("model").add_argument
-    add("--encoder", choices=("litevae", "sd", "open-litevae"), default="litevae",
-        help="wavelets and UNets, SD-VAE's, or open-LiteVAE's")
+    add("--encoder", choices=("litevae", "sd", "open-litevae", "dwt", "dwt2"), default="litevae",
+        help="wavelets and UNets, SD-VAE's, open-LiteVAE's, or the wavelet bands themselves (paper App. B)")
     add("--scale", choices=tuple(SCALES), default="B", help="of encoders with wavelets, paper Table 2")
     add("--extractor-blocks", type=cli.positive, default=2, help="per width; open-LiteVAE: 3, 4, 5, 5")
     add("--aggregator-blocks", type=cli.positive, default=2, help="per width; open-LiteVAE: 3, 4, 4, 4")
+    add("--wavelet", choices=tuple(FILTERS), default="haar", help="of the encoder and of wavelet output")
+    add("--extractor", choices=("unet", "nafnet"), default="unet", help="paper D.3")
+    add("--shared-extractor", action=switch, default=False, help="one for all levels, paper D.4")
+    add("--first-level", type=cli.positive, default=1, help="finer levels are left out, paper D.6: 2")
+    add("--downsample", choices=("pool", "conv"), default="pool", help="of the extractors' outputs")
+    add("--aggregator", choices=("unet", "vit"), default="unet", help="vit: bound to --res, paper D.5")
+    add("--dropout", type=cli.amount, default=0.0, help="in extractors and aggregator")
+    add("--codebook-size", type=cli.natural, default=0, help="entries of VQ-GAN's codebook, 0: Gaussian")
+    add("--codebook-update", choices=("gradient", "ema"), default="gradient", help="how it learns")
     add("--latent-channels", type=cli.positive, default=12, help="n_z")
     add("--levels", type=int, choices=(2, 3, 4), default=3, help="the latent is 4, 8 or 16 times smaller")
     add("--in-channels", type=int, choices=(1, 3), default=3, help="1 trains on grey images")
@@ -111,6 +124,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="steps it then trains alone, before the autoencoder sees it")
     add("--adaptive-weight", action=switch, default=False,
         help="scale --disc-weight by the ratio of last-layer gradients (LDM; paper Table 8)")
+    add("--alternate", action=switch, default=False,
+        help="once it trains: even steps update the autoencoder, odd ones the discriminator (SGM)")
+    add("--r1", type=cli.amount, default=0.0, metavar="GAMMA", help="gradient penalty, 0 = off")
+    add("--r1-every", type=cli.positive, default=16, help="updates from one penalty to the next")
+    add("--lecam", type=cli.amount, default=0.0, metavar="WEIGHT", help="LeCam regulariser, 0 = off")
     add("--cutmix", type=cli.amount, default=0.0, metavar="WEIGHT",
         help="CutMix consistency of a U-Net's pixel logits, mean over pixels, 0 = off")
 
@@ -123,8 +141,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--kl-weight", type=cli.amount, default=W["kl"], help="mean over latent elements")
     add("--wavelet-weight", type=cli.amount, default=W["wavelet"], help="mean over elements")
     add("--gaussian-weight", type=cli.amount, default=W["gaussian"], help="mean over elements")
+    add("--vq-weight", type=cli.amount, default=1.0, help="codebook and commitment, means over elements")
     add("--disc-weight", type=cli.amount, default=W["disc"], help="mean over logits")
+    add("--vgg19-weight", type=cli.amount, default=0.0, help="mean over features, paper Table 14")
+    add("--ldl-weight", type=cli.amount, default=0.0, help="mean over elements, paper Table 15; needs EMA")
+    add("--identity-weight", type=cli.amount, default=0.0,
+        help="mean over MoCo v2's embedding, Transfusion; needs --moco-file")
     add("--vgg-file", metavar="FILE", help="VGG16 weights for LPIPS (default: torch hub's cache)")
+    add("--vgg19-file", metavar="FILE", help="VGG19 weights (default: torch hub's cache)")
+    add("--moco-file", metavar="FILE", help="MoCo v2 ResNet-50, 800 epochs (default: none)")
 
     add = parser.add_argument_group("logging and checkpoints").add_argument
     add("--log-every", type=cli.positive, default=50, help="steps")
@@ -155,6 +180,16 @@ def build_config(args: argparse.Namespace) -> AutoencoderConfig:
         decoder_attention=args.decoder_attention,
         output=args.output,
         conv1x1=args.conv1x1,
+        wavelet=args.wavelet,
+        extractor=args.extractor,
+        shared_extractor=args.shared_extractor,
+        first_level=args.first_level,
+        downsample=args.downsample,
+        aggregator=args.aggregator,
+        resolution=args.res if args.aggregator == "vit" else 0,
+        dropout=args.dropout,
+        codebook_size=args.codebook_size,
+        codebook_update=args.codebook_update,
     )
 
 
@@ -171,8 +206,11 @@ def check_flags(args: argparse.Namespace, config: AutoencoderConfig) -> None:
         raise ValueError("nothing to reconstruct by: --l1-weight or --l2-weight must be above 0")
     if args.ema_decay >= 1:
         raise ValueError(f"--ema-decay must be below 1, got {args.ema_decay}")
-    if args.adaptive_weight and args.disc == "none":
-        raise ValueError("--adaptive-weight needs a discriminator, got --disc none")
+    for name in ("adaptive_weight", "alternate", "r1", "lecam"):
+        if getattr(args, name) and args.disc == "none":
+            raise ValueError(f"--{name.replace('_', '-')} needs a discriminator, got --disc none")
+    if args.ldl_weight and not args.ema_decay:
+        raise ValueError("--ldl-weight compares with the averaged weights: --ema-decay must be above 0")
     if args.freeze_encoder and not (args.init or args.resume):
         raise ValueError("--freeze-encoder would keep a random encoder: give a trained one with --init CKPT")
     if args.warmup >= args.steps:
@@ -197,7 +235,7 @@ def ema_decay(step: int, decay: float) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
-NOISE, CUTMIX = 0, 1   # purposes of randomness
+NOISE, CUTMIX, REVIVAL, DROPOUT = range(4)   # purposes of randomness; DROPOUT + row is the last
 
 
 def seeded(seed: int, step: int, purpose: int) -> torch.Generator:
@@ -338,7 +376,7 @@ def open_data(args: argparse.Namespace) -> tuple[data.TrainSet, data.ValSet]:
 
 
 def reconstruction_terms(args: argparse.Namespace, device: torch.device) -> list[tuple]:
-    """(name, weight, function of (x, recon)) of every term in use; ValueError if LPIPS has no weights."""
+    """(name, weight, function of (x, recon)) of every term in use; ValueError if a network has no weights."""
     terms = [
         ("l1", args.l1_weight, losses.l1_loss),
         ("l2", args.l2_weight, losses.l2_loss),
@@ -348,6 +386,14 @@ def reconstruction_terms(args: argparse.Namespace, device: torch.device) -> list
     if args.lpips_weight:
         vgg = distributed.from_main(lambda: losses.load_vgg(args.vgg_file))
         terms.append(("lpips", args.lpips_weight, losses.LPIPS(vgg).to(device)))
+    if args.vgg19_weight:
+        vgg = distributed.from_main(lambda: optional_losses.load_vgg19(args.vgg19_file))
+        terms.append(("vgg19", args.vgg19_weight, optional_losses.VGG19Loss(vgg).to(device)))
+    if args.identity_weight:
+        moco, md5 = distributed.from_main(lambda: optional_losses.load_moco(args.moco_file))
+        known = "the published 800 epochs" if md5 == optional_losses.MOCO_MD5 else "not the published file"
+        print0(f"moco: {args.moco_file}, md5 {md5}, {known}")
+        terms.append(("identity", args.identity_weight, optional_losses.IdentityLoss(moco).to(device)))
     return [term for term in terms if term[1]]
 
 
@@ -384,9 +430,10 @@ def resume(state: dict, path: Path, args: argparse.Namespace, nets: dict, optimi
         if before != now and name not in ("resume", "init"):
             print0(f"resume: --{name.replace('_', '-')} was {before} and is now {now}")
     for name, net in nets.items():
-        if net:
-            # a run without EMA can go on with one: it starts from the weights
-            checkpoint.load_weights(net, state[name] or state["model"], path)
+        # a run can go on with an average or LeCam that it had not: the first starts from the weights
+        weights = state[name] or (state["model"] if name == "ema" else None)
+        if net and weights:
+            checkpoint.load_weights(net, weights, path)
     for name, optimizer in optimizers.items():
         if optimizer:
             optimizer.load_state_dict(state[name])
@@ -400,6 +447,8 @@ def init(state: dict, path: Path, args: argparse.Namespace, nets: dict) -> None:
             checkpoint.load_weights(nets[name], weights[name], path)
     if nets["disc"] and state.get("disc") and state["args"]["disc"] == args.disc:
         checkpoint.load_weights(nets["disc"], state["disc"], path)
+        if nets["lecam"] and state["lecam"]:
+            checkpoint.load_weights(nets["lecam"], state["lecam"], path)
     elif nets["disc"]:
         print0(f"init: the discriminator {args.disc} starts afresh, {path} has none of its kind")
 
@@ -449,8 +498,11 @@ def validate(step: int, nets: dict, val_loader, broken: set, device, autocast, l
     batch = next(iter(val_loader))[0] if distributed.is_main() else ()    # rank 0 has the first image
     if len(batch):
         x = data.to_float(batch[:8].to(device))
+        net = nets["ema"] or nets["model"]
+        net.eval()
         with autocast:
-            recon, posterior = (nets["ema"] or nets["model"])(x)
+            recon, posterior = net(x)
+        net.train()
         log.pictures(step, x, recon.float(), posterior.mean)
     return scores.get("val_psnr_ema", scores["val_psnr"])
 
@@ -485,14 +537,18 @@ def main() -> None:
         if args.freeze_encoder:
             model.encoder.requires_grad_(False)
             model.quant_conv.requires_grad_(False)
+            if model.quantizer:
+                model.quantizer.requires_grad_(False)
         ema = copy.deepcopy(model).requires_grad_(False) if args.ema_decay else None
-        disc = None
+        disc = lecam = None
         if args.disc != "none":
-            disc = DISCRIMINATORS[args.disc](args.in_channels).to(device, memory_format=memory_format)
+            disc = DISCRIMINATORS[args.disc](args.in_channels, args.res)
+            disc = disc.to(device, memory_format=memory_format)
             check_size(disc, args.res, args.res)
+            lecam = regularisers.LeCam(disc.heads).to(device) if args.lecam else None
         opt = adam(trainable(model), args.lr)
         opt_disc = adam(trainable(disc), args.disc_lr) if disc else None
-        nets = {"model": model, "ema": ema, "disc": disc}
+        nets = {"model": model, "ema": ema, "disc": disc, "lecam": lecam}
         optimizers = {"opt": opt, "opt_disc": opt_disc}
 
         # what is there already
@@ -571,7 +627,14 @@ def main() -> None:
         opt.param_groups[0]["lr"] = args.lr * factor
         train_disc = disc is not None and step >= args.disc_start
         adversarial = train_disc and step >= args.disc_start + args.disc_warmup
+        # alternating, only one of the two is updated
+        update_model = not (args.alternate and train_disc) or step % 2 == 0
+        train_disc = train_disc and (not args.alternate or step % 2 == 1)
         noise = torch.randn(global_batch, *latent_shape, generator=seeded(args.seed, step, NOISE))
+        if config.codebook_size:
+            positions = noise[:, 0].numel()
+            slots = quantize.revival_slots(positions, config.codebook_size, seeded(args.seed, step, REVIVAL))
+            slots, table = slots.view_as(noise[:, 0]), 0  # table: what the codebook will know of this step
         log_now = (step + 1) % args.log_every == 0 or step + 1 == args.steps
         logged: dict[str, Tensor] = {}                    # means over micro-batches, on the device
         pairs = []                                        # (x, recon) per micro-batch, for the discriminator
@@ -583,14 +646,28 @@ def main() -> None:
             x = data.to_float(next(train_batches).to(device, non_blocking=True))
             x = x.contiguous(memory_format=memory_format)
             z_noise = noise[batches.rows(micro)].to(device)
-            with no_sync(ddp_model, micro == args.accumulate - 1):
+            if config.dropout:
+                row = batches.rows(micro).start
+                torch.manual_seed(seeded(args.seed, step, DROPOUT + row).initial_seed())
+            with no_sync(ddp_model, micro == args.accumulate - 1), torch.set_grad_enabled(update_model):
                 with autocast:
                     recon, posterior, features = ddp_model(x, z_noise, with_features=True)
                     parts = {name: term(x, recon) for name, _, term in terms}
                     rec = sum(weight * parts[name] for name, weight, _ in terms)
-                    parts["kl"] = losses.kl_loss(*posterior)
-                    parts["loss"] = rec + args.kl_weight * parts["kl"]
-                    if adversarial:
+                    if args.ldl_weight:
+                        with torch.no_grad():
+                            recon_ema, _ = ema(x, z_noise)
+                        parts["ldl"] = optional_losses.ldl_loss(x, recon, recon_ema)
+                        rec = rec + args.ldl_weight * parts["ldl"]
+                    if config.codebook_size:
+                        parts["vq"] = quantize.vq_loss(posterior)
+                        parts["loss"] = rec + args.vq_weight * parts["vq"]
+                        rows = slots[batches.rows(micro)].to(device)
+                        table = table + model.quantizer.statistics(posterior, rows)
+                    else:
+                        parts["kl"] = losses.kl_loss(*posterior)
+                        parts["loss"] = rec + args.kl_weight * parts["kl"]
+                    if adversarial and update_model:
                         parts["adv"] = losses.adv_loss(args.disc_loss, fast_disc(recon))
                         weight = torch.tensor(args.disc_weight, device=device)
                         if args.adaptive_weight or log_now:       # paper Fig. 7 shows what it would be
@@ -600,18 +677,21 @@ def main() -> None:
                             parts["adaptive_weight"] = adaptive
                         parts["disc_weight"] = adaptive if args.adaptive_weight else weight
                         parts["loss"] = parts["loss"] + parts["disc_weight"] * parts["adv"]
-                (parts["loss"] / args.accumulate).backward()
+                if update_model:
+                    (parts["loss"] / args.accumulate).backward()
             pairs.append((x, recon.detach()))
             parts["mse"] = losses.l2_loss(*pairs[-1])
             for name, part in parts.items():
                 logged[name] = logged.get(name, 0) + part.detach() / args.accumulate
-        logged["grad_norm"] = nn.utils.clip_grad_norm_(trainable(model), args.clip or math.inf)
+        if update_model:
+            logged["grad_norm"] = nn.utils.clip_grad_norm_(trainable(model), args.clip or math.inf)
 
         # 2. gradients of the discriminator: its loss on the same x and recon
         if train_disc:
             opt_disc.param_groups[0]["lr"] = args.disc_lr * factor
             disc.requires_grad_(True)
             update_spectral_norm(disc)
+            lecam_means = []
             uniform = torch.rand(global_batch, 4, generator=seeded(args.seed, step, CUTMIX))
             for micro, (x, recon) in enumerate(pairs):
                 with no_sync(ddp_disc, micro == args.accumulate - 1):
@@ -624,6 +704,13 @@ def main() -> None:
                             mixed = ddp_disc(mask * x + (1 - mask) * recon)
                             parts["cutmix"] = losses.cutmix_loss(mask, mixed[0], real[0], fake[0])
                         loss = parts["disc"] + args.cutmix * parts.get("cutmix", 0)
+                        if lecam:
+                            parts["lecam"] = lecam(real, fake)
+                            loss = loss + args.lecam * parts["lecam"]
+                            lecam_means.append(torch.stack(list(map(regularisers.head_means, (real, fake)))))
+                        if args.r1 and step // (1 + args.alternate) % args.r1_every == 0:
+                            parts["r1"] = regularisers.r1_loss(disc, x)       # the bare one, see there
+                            loss = loss + args.r1 * args.r1_every * parts["r1"]
                     (loss / args.accumulate).backward()
                 parts |= losses.disc_health(real[0], fake[0])
                 for name, part in parts.items():
@@ -638,10 +725,16 @@ def main() -> None:
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         skipped = skipped + 1 if bad else 0
         if not bad:
-            opt.step()
+            if update_model:
+                opt.step()
             if train_disc:
                 opt_disc.step()
-            if ema:
+                if lecam:
+                    lecam.update(*distributed.mean(torch.stack(lecam_means).mean(dim=0)))
+            if config.codebook_size and update_model and not args.freeze_encoder:
+                values |= {name: float(value) for name, value in
+                           model.quantizer.update(distributed.sum_(table)).items()}
+            if ema and update_model:
                 # a new phase inherits an average; a random start is better forgotten
                 decay = args.ema_decay if args.init else ema_decay(step, args.ema_decay)
                 get_ema_multi_avg_fn(decay)(ema_params, params, step)

@@ -29,7 +29,8 @@ GRAPH = {
     "metrics": {"distributed"},
     "checkpoint": {"model"},
     "foreign": {"model"},
-    "train": {"checkpoint", "cli", "data", "discriminators", "distributed", "losses", "metrics", "model"},
+    "train": {"checkpoint", "cli", "data", "discriminators", "distributed", "losses", "metrics", "model",
+              "optional_losses", "quantize", "regularisers", "wavelets"},
     "eval": {"checkpoint", "cli", "data", "distributed", "metrics", "model"},
 }
 
