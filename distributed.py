@@ -112,5 +112,8 @@ def from_main(fn: Callable[[], Any]) -> Any:
     kind = next((k for k in (ValueError, OSError) if isinstance(error, k)), RuntimeError)
     outcome, told = broadcast_object((outcome, kind(str(error)) if error else None))
     if told:
-        raise error or told
+        try:
+            raise error or told
+        finally:
+            del error, told    # the traceback would hold this frame, and so whatever its callers hold
     return outcome
