@@ -9,9 +9,7 @@ reconstruction term is a mean over elements, KL is a mean over latent elements, 
 adversarial terms are means over logits. Every function computes in fp32 whatever autocast is on.
 """
 
-import socket
 from collections.abc import Callable
-from pathlib import Path
 
 import lpips
 import torch
@@ -19,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import VGG16_Weights, vgg16
 
+import weights
 from wavelets import dwt2
 
 # total = sum of weight * term. The paper gives the terms but no weight, so each line says where ours comes
@@ -223,32 +222,14 @@ def load_vgg(vgg_file: str | None = None, timeout: float = 30.0) -> dict[str, Te
 def load_features(build: Callable[[], nn.Module], url: str, file: str | None, timeout: float,
                   need: str, advice: str) -> dict[str, Tensor]:
     """The weights of build().features, torchvision's; `file`, cache and errors as of `load_vgg`."""
-    path = Path(file or Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1])
+    path = weights.find(url, file)
     try:
-        if not file and not path.exists():
-            download(url, path, timeout)
-        state = torch.load(path, map_location="cpu", weights_only=True)
         with torch.device("meta"):
             net = build().features
-        names = [name for name in state if not name.startswith("classifier.")]
-        net.load_state_dict({name.removeprefix("features."): state[name] for name in names}, assign=True)
+        net.load_state_dict(weights.read(url, file, timeout), assign=True)
     except Exception as error:      # a wrong file makes torch raise nearly every type
         raise ValueError(
-            f"{need} weights and could not load {path} ({one_line(error)}): put {path.name} there, {advice}"
+            f"{need} weights and could not load {path} ({weights.one_line(error)}): "
+            f"put {path.name} there, {advice}"
         ) from error
     return net.state_dict()
-
-
-def download(url: str, path: Path, timeout: float) -> None:
-    """Fetch url to path, atomically and with its hash checked; torch hub itself would wait for ever."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    previous = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(timeout)
-    try:
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[1])
-    finally:
-        socket.setdefaulttimeout(previous)
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from formulas import image_a
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
@@ -223,6 +224,44 @@ def test_val_transform_has_the_known_pixels():
         assert pixels[y, x].tolist() == known[f"[{y},{x}]"]
     assert pixels.astype(int).sum() == known["sum"]
     assert hashlib.sha256(pixels.tobytes()).hexdigest() == known["sha256 (Pillow 13.0.0)"]
+
+
+def test_bilinear_resize_has_the_known_pixels():
+    """val_transform with resize="bilinear", against vectors.json."""
+    if not (SHARED / "vectors.json").exists():
+        pytest.skip("no shared/vectors.json")
+    known = json.loads((SHARED / "vectors.json").read_text())["resize"]["PIL bilinear -> 32"]
+    pixels = np.asarray(data.val_transform(Image.fromarray(image_a(40, 60)), 32, "bilinear"))
+    assert pixels.astype(int).sum() == known["sum"]
+    assert hashlib.sha256(pixels.tobytes()).hexdigest() == known["sha256 (Pillow 13.0.0)"]
+
+
+def test_adm_resize():
+    """ADM's rule by hand: 70 x 200 to 16 is 35 x 100, 17 x 50 (boxes), 16 x 47 (bicubic), rows 15 to 31."""
+    image = picture(3, 70, 200)
+    halved = image.resize((35, 100), Image.Resampling.BOX).resize((17, 50), Image.Resampling.BOX)
+    expected = halved.resize((16, 47), Image.Resampling.BICUBIC).crop((0, 15, 16, 31))
+    assert data.val_transform(image, 16, "adm").tobytes() == expected.tobytes()
+
+
+def test_opencv_resize():
+    """Two taps with half-pixel centres and no antialiasing, by hand: half is the mean of 2 x 2 pixels."""
+    image = picture(4, 8, 12)
+    pixels = np.asarray(image).astype(float)
+    expected = pixels.reshape(6, 2, 4, 2, 3).mean(axis=(1, 3))[1:5]
+    assert np.abs(np.asarray(data.val_transform(image, 4, "opencv")) - expected).max() <= 0.5
+    wide = Image.fromarray(np.asarray(picture(4, 32, 32)))    # a quarter: 2 x 2 of each 4 x 4 pixels count
+    middle = np.asarray(wide).astype(float).reshape(8, 4, 8, 4, 3)[:, 1:3, :, 1:3].mean(axis=(1, 3))
+    assert np.abs(np.asarray(data.val_transform(wide, 8, "opencv")) - middle).max() <= 0.5
+
+
+@pytest.mark.parametrize("resize", data.RESIZES)
+@pytest.mark.parametrize("width, height", [(20, 3000), (3000, 20), (33, 32), (1, 1), (200, 131)])
+def test_every_resize_gives_a_square(resize, width, height):
+    """Strips and dots too, and a strip of 90 megapixels when resized is refused."""
+    assert data.val_transform(picture(0, width, height), 48, resize).size == (48, 48)
+    with pytest.raises(BrokenImage, match="too thin a strip"):
+        data.val_transform(picture(0, 1, 3000), 512, resize)
 
 
 @pytest.mark.parametrize("width, height", [
@@ -480,6 +519,60 @@ def test_default_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("IMAGENET", str(tmp_path / "other"))
     assert data.default_train_spec() == str(tmp_path / "other/train")
     assert data.imagenet_val_spec() == "datasets/imagenet/val"    # other/ has none
+
+
+@pytest.mark.parametrize("layout, found", [
+    ("val/n{k}/v_{i}.JPEG", "val"),
+    ("ILSVRC/Data/CLS-LOC/val/v_{i}.JPEG", "ILSVRC/Data/CLS-LOC/val"),
+    ("Data/CLS-LOC/val/v_{i}.JPEG", "Data/CLS-LOC/val"),
+    ("ILSVRC2012_validation/data/n{k}/v_{i}.JPEG", "ILSVRC2012_validation/data"),
+    ("imagenet-val-000{k}.tar", "imagenet-val-*.tar"),
+    ("ILSVRC2012_img_val.tar", "ILSVRC2012_img_val.tar"),
+    ("n{k}/v_{i}.JPEG", ""),
+    ("v_{i}.JPEG", ""),
+])  # fmt: skip
+def test_imagenet_val_layouts(tmp_path, layout, found):
+    """Each layout that users have is found below its root; by bare file name all list the same order."""
+    root, files = tmp_path / "in", tmp_path / "files"
+    names = [f"v_{i}.JPEG" for i in range(6)]
+    write_tree(files, names)
+    write_tree(root / "train", ["n0/t.JPEG"] if found else [])
+    for i, name in enumerate(names):
+        path = root / layout.format(i=i, k=(5 - i) % 2)    # classes in another order than the file names
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".tar":
+            with tarfile.open(path, "a") as tar:
+                tar.add(files / name, arcname=name)
+        else:
+            path.write_bytes((files / name).read_bytes())
+    spec = data.imagenet_val_spec(str(root))
+    assert spec == os.path.join(root, found).rstrip("/")
+    source = data.by_file_name(open_source(spec))
+    assert [os.path.basename(source.name(i)) for i in range(6)] == names
+    assert source.read(2, 0).tobytes() == load_rgb(files / names[2]).tobytes()
+
+
+def test_imagenet_val_in_ldms_cache(tmp_path, monkeypatch):
+    """Without a root, $IMAGENET or datasets/: $XDG_CACHE_HOME/autoencoders/data, as LDM has it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("IMAGENET", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "cache/autoencoders/data/ILSVRC2012_validation/data"
+    folder.mkdir(parents=True)
+    assert data.imagenet_val_spec() == str(folder)
+
+
+def test_numbered_loader(tmp_path):
+    """Batches carry the numbers of their images; a broken one is left out and its number with it."""
+    root = write_tree(tmp_path / "x", [f"{i}.png" for i in range(7)])
+    (root / "4.png").write_bytes(b"")
+    images = ValSet(open_source(str(root)), 16)
+    loader = data.numbered_loader(images, 2, 0, "cpu", 0, 2)    # 0, 2 | 4, 6
+    batches = list(data.report_broken(loader, set()))
+    assert [numbers.tolist() for numbers, _ in batches] == [[0, 2], [6]]
+    for numbers, pictures in batches:
+        assert all(torch.equal(p, images[i][0]) for i, p in zip(numbers.tolist(), pictures, strict=True))
+    assert images.name(6) == "6.png" and ValSet(open_source(str(root)), 16, 3).name(1) == "2.png"
 
 
 def test_val_folder_beside_train(tmp_path):
