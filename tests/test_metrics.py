@@ -10,13 +10,24 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from formulas import (
+    formula_state,
+    image_a,
+    image_b,
+    image_c,
+    known_answers,
+    tensor,
+    write_formula_file,
+)
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 
 import distributed
+import fid
 import metrics
+import weights
+from model import Autoencoder, scale_config
 
-VECTORS = Path(__file__).parents[2] / "shared" / "vectors.json"
 CPU = torch.device("cpu")
 
 
@@ -36,6 +47,11 @@ def scikit_ssim(x: np.ndarray, y: np.ndarray) -> float:
     return structural_similarity(x / 255, y / 255, data_range=1, channel_axis=0, **gaussian)
 
 
+def scikit_ssim_7x7(x: np.ndarray, y: np.ndarray) -> float:
+    """Its defaults."""
+    return structural_similarity(x / 255, y / 255, data_range=1, channel_axis=0)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # against scikit-image and by hand
 
@@ -46,6 +62,7 @@ def test_fault_15_16_psnr_and_ssim_equal_scikit_image(shape):
     a, b = random_pair(*shape)
     for i, (x, y) in enumerate(zip(a.numpy(), b.numpy(), strict=True)):
         assert metrics.ssim(a, b)[i].item() == pytest.approx(scikit_ssim(x, y), abs=1e-13)
+        assert metrics.ssim_7x7(a, b)[i].item() == pytest.approx(scikit_ssim_7x7(x, y), abs=1e-13)
         assert metrics.psnr(a, b)[i].item() == pytest.approx(peak_signal_noise_ratio(x, y), abs=1e-12)
 
 
@@ -113,6 +130,7 @@ def test_evaluate_is_the_mean_over_images():
     assert result == {
         "psnr": pytest.approx(np.mean(values), abs=1e-12),
         "ssim": pytest.approx(np.mean([scikit_ssim(x, y) for x, y in pairs]), abs=1e-12),
+        "ssim_7x7": pytest.approx(np.mean([scikit_ssim_7x7(x, y) for x, y in pairs]), abs=1e-12),
         "psnr_std": pytest.approx(np.std(values), abs=1e-6),
         "psnr_pooled": pytest.approx(-10 * math.log10(mean_mse), abs=1e-12),
         "n": 7,
@@ -140,29 +158,185 @@ def test_no_images_is_an_error():
         metrics.evaluate(Dimmer(), [], CPU)
 
 
-def worker(rank: int, port: int, folder: Path) -> None:
-    """Evaluate every second of the seven images, two at a time."""
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    device = distributed.init("cpu")
-    result = metrics.evaluate(Dimmer(), seven_images()[rank::2].split(2), device)
-    distributed.cleanup()
-    (folder / f"{rank}.json").write_text(json.dumps(result))
+# ------------------------------------------------------------------------------------------------------------
+# LPIPS
 
 
-def test_fault_21_two_processes_give_the_numbers_of_one(tmp_path):
-    """Shards of 4 and 3 images: both report the mean over 7, which is not the mean of the two means."""
+@pytest.fixture(scope="module")
+def squeeze() -> nn.Module:
+    state = {key.removeprefix("features."): value for key, value in formula_state("squeeze").items()}
+    return metrics.load_lpips("squeeze", state)
+
+
+def test_lpips_is_fp32_frozen_and_without_dropout(squeeze):
+    """bf16 autocast changes nothing; grey counts as RGB; identical images have distance 0."""
+    x, y = (t.float() / 127.5 - 1 for t in random_pair(3, 3, 32, 32))
+    plain = metrics.lpips_distance(squeeze, x, y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(metrics.lpips_distance(squeeze, x, y), plain)
+    assert plain.dtype == torch.float64 and (plain > 0).all()
+    assert metrics.lpips_distance(squeeze, x, x).tolist() == [0, 0, 0]
+    grey = [t[:, :1] for t in (x, y)]
+    rgb = [t.expand(-1, 3, -1, -1) for t in grey]
+    assert torch.equal(metrics.lpips_distance(squeeze, *grey), metrics.lpips_distance(squeeze, *rgb))
+    assert not squeeze.training and not any(p.requires_grad for p in squeeze.parameters())
+
+
+def test_lpips_refuses_other_networks():
+    """Weights of another classifier raise a ValueError in one line."""
+    for state in ({"0.weight": torch.zeros(1)}, {}):
+        with pytest.raises(ValueError, match="not the weights of LPIPS's squeeze") as error:
+            metrics.load_lpips("squeeze", state)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [
+    "squeeze", pytest.param("alex", marks=pytest.mark.slow), pytest.param("vgg", marks=pytest.mark.slow),
+])
+def test_known_lpips(name, known, tmp_path, monkeypatch):
+    """The formula's weights through the offline path, a file in TORCH_HOME, give vectors.json's distance."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = write_formula_file(name, tmp_path)
+    expected = known["fake_weight_networks"]["lpips"][name]
+    assert path.name == expected["checkpoint file name"]
+    loaded = weights.load(name)
+    net = metrics.load_lpips(name, loaded.state)
+    x, y = (tensor(image).float() / 127.5 - 1 for image in (image_a(64, 64), image_b(64, 64)))
+    exact = expected["lpips(A,B) 64x64, inputs /127.5-1, v0.1 lin weights of lpips 0.1.4, float64"]
+    got = metrics.lpips_distance(net, x, y).item()
+    print(f"LPIPS {name}: {got:.9f}, known {exact:.9f}, off by {abs(got / exact - 1):.1e}")
+    assert got == pytest.approx(exact, rel=1e-4)
+    assert metrics.lpips_distance(net, x, x).item() == 0
+    assert loaded.path == str(path) and not loaded.published
+
+
+# ------------------------------------------------------------------------------------------------------------
+# protocols
+
+
+def test_truncation(known):
+    """The truncating rule at the known values; it takes a level from 63 of the 256, references' too."""
+    rule = "clamp to [-1,1], (x+1)/2*255, truncated (lavinal712, SEED-Voken style)"
+    x = torch.tensor(known["to_uint8"]["x in [-1,1]"])
+    assert metrics.truncate(x).tolist() == known["to_uint8"][rule]
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    reference = metrics.pairs(metrics.PROTOCOLS["lavinal712"], levels, levels.float() / 127.5 - 1)[0]
+    lost = levels.int() - reference.int()
+    assert lost.sum() == 63 and lost.max() == 1 and lost.min() == 0
+
+
+def test_floats_protocol_by_scikit_image():
+    """lavinal712: PSNR and SSIM 7x7 are scikit-image's on clamped floats; LPIPS sees unclamped ones."""
+    images = seven_images()
+    recon = 1.1 * (images.float() / 127.5 - 1) + 0.01
+    a, b, x, y, p, q = metrics.pairs(metrics.PROTOCOLS["lavinal712"], images, recon)
+    assert torch.equal(b, metrics.truncate(recon)) and torch.equal(q, recon) and q.max() > 1
+    clamped = (recon.clamp(-1, 1).double().numpy() + 1) / 2
+    for i, (real, other) in enumerate(zip(images.numpy() / 255, clamped, strict=True)):
+        psnr = peak_signal_noise_ratio(real, other, data_range=1)
+        assert metrics.psnr(x, y)[i].item() == pytest.approx(psnr, abs=1e-5)
+        expected = structural_similarity(real, other, data_range=1, channel_axis=0)
+        assert metrics.ssim_7x7(x, y)[i].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_default_protocol_sees_8_bits_alone():
+    """A change of the reconstruction below half a level changes no input of any metric."""
+    images, protocol = seven_images(), metrics.PROTOCOLS["default"]
+    recon = images.float() / 127.5 - 1
+    first, second = (metrics.pairs(protocol, images, recon + shift) for shift in (0, 0.4 / 127.5))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_intervals_are_those_of_a_mean():
+    """For many images the bootstrap's interval is mean +- 1.96 std / sqrt(n), to a tenth of its width."""
+    values = np.random.default_rng(1).gamma(2.0, size=2000)
+    table = {"number": np.arange(2000.0), "psnr": values, "mse": 10 ** (-values)}
+    ends = metrics.intervals(table)
+    half = 1.96 * values.std() / math.sqrt(2000)
+    assert ends["psnr"] == pytest.approx([values.mean() - half, values.mean() + half], abs=0.1 * half)
+    low, high = ends["psnr_pooled"]
+    assert low < -10 * math.log10(table["mse"].mean()) < high
+
+
+# ------------------------------------------------------------------------------------------------------------
+# processes and batch sizes: real networks, 101 images
+
+class Features(nn.Module):
+    """A small random feature network in the place of Inception."""
+
+    dims = 24
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.conv = nn.Conv2d(3, self.dims, 24, stride=16)
+        for p in self.parameters():
+            p.data = torch.randn(p.shape, generator=generator) * 0.05
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x).relu().mean(dim=(2, 3))
+
+
+def score_share(count: int, batch_size: int, protocol: str) -> dict:
+    """This process's share of the images through every metric: all that eval.py reports, and the table."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = Autoencoder(scale_config("S", decoder_channels=8, decoder_blocks=1)).eval()
+    state = {key.removeprefix("features."): value for key, value in formula_state("squeeze").items()}
+    chosen = metrics.PROTOCOLS[protocol]
+    rfid = fid.RFID(Features(), chosen.rfid, fid.chunks(count, 10), CPU)
+    nets = {"squeeze": metrics.load_lpips("squeeze", state)}
+    scorer = metrics.Scorer(model, CPU, None, chosen, nets, rfid, batch_size)
+    images = random_pair(count, 3, 32, 32)[1]
+    share = torch.arange(distributed.rank(), count, distributed.world_size())
+    for numbers in share.split(batch_size):
+        scorer.add(images[numbers], numbers)
+    table = scorer.table()
+    result = {**metrics.summary(table), **scorer.rfid.result(), "intervals": metrics.intervals(table)}
+    return result | {f"column {name}": column.tolist() for name, column in table.items()}
+
+
+def worker(rank: int, ports: list[int], folder: Path) -> None:
+    """101 images on 3 processes, with the posterior sampled, then on the first two of them."""
+    for world, port in zip((3, 2), ports, strict=True):
+        if rank < world:
+            os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+            os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            distributed.init("cpu")
+            share = seven_images()[rank::world].split(2)
+            results = [score_share(101, 16, "lavinal712"), metrics.evaluate(Dimmer(), share, CPU)]
+            distributed.cleanup()
+            (folder / f"{world}-{rank}.json").write_text(json.dumps(results))
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (port, tmp_path), nprocs=2)
+        return free.getsockname()[1]
+
+
+def test_fault_21_processes_give_the_numbers_of_one(tmp_path):
+    """On 2 and 3 processes each value, mean, interval and rFID of 101 images has the same bits as on one.
+
+    So have training's numbers for 7 images, in shares whose means have another mean.
+    """
+    mp.spawn(worker, ([free_port(), free_port()], tmp_path), nprocs=3)
     images = seven_images()
-    expected = metrics.evaluate(Dimmer(), [images], CPU)
-    for rank in range(2):
-        result = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert result == {key: pytest.approx(value, abs=1e-12) for key, value in expected.items()}
+    expected = [score_share(101, 16, "lavinal712"), metrics.evaluate(Dimmer(), [images], CPU)]
+    expected = json.loads(json.dumps(expected))
+    for name in ("3-0", "3-1", "3-2", "2-0", "2-1"):
+        assert json.loads((tmp_path / f"{name}.json").read_text()) == expected
     halves = [metrics.evaluate(Dimmer(), [images[rank::2]], CPU)["psnr"] for rank in range(2)]
-    assert abs(np.mean(halves) - expected["psnr"]) > 1e-3
+    assert abs(np.mean(halves) - expected[1]["psnr"]) > 1e-3
+
+
+def test_batch_sizes_agree():
+    """Batches of 1, 7 and 32 differ by what fp32 kernels do, which is printed: at most 1e-5, 1e-3 dB."""
+    runs = [score_share(33, size, "default") for size in (32, 7, 1)]
+    for name in ("psnr", "ssim", "ssim_7x7", "lpips_squeeze", "rfid_pytorch", "rfid_clean"):
+        first, *others = (run[name] for run in runs)
+        print(f"{name}: {first:.9f}; batches of 7, 1: " + ", ".join(f"{v - first:+.1e}" for v in others))
+        assert max(abs(v - first) for v in others) < (1e-3 if name == "psnr" else 1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -171,43 +345,13 @@ def test_fault_21_two_processes_give_the_numbers_of_one(tmp_path):
 
 @pytest.fixture(scope="module")
 def known() -> dict:
-    if not VECTORS.exists():
-        pytest.skip(f"no {VECTORS.name} beside the checkout")
-    return json.loads(VECTORS.read_text())
-
-
-def hash32(i: np.ndarray, seed: int) -> np.ndarray:
-    mask = np.uint64(0xFFFFFFFF)
-    h = (i.astype(np.uint64) * 2654435761 + seed * 2246822519) & mask
-    h = (h ^ (h >> 15)) * 2246822519 & mask
-    h = (h ^ (h >> 13)) * 3266489917 & mask
-    return h ^ (h >> 16)
-
-
-def image_a(height: int, width: int) -> np.ndarray:
-    y, x, c = np.mgrid[:height, :width, :3]
-    return ((4 * x + 3 * y + 40 * c + (x * x + 2 * y * y) // 16) % 256).astype(np.uint8)
-
-
-def image_b(height: int, width: int, amplitude: int = 16, seed: int = 1) -> np.ndarray:
-    index = np.arange(height * width * 3).reshape(height, width, 3)
-    noise = (hash32(index, seed) % (2 * amplitude + 1)).astype(np.int64) - amplitude
-    return (image_a(height, width) + noise).clip(0, 255).astype(np.uint8)
-
-
-def image_c(height: int, width: int) -> np.ndarray:
-    padded = np.pad(image_a(height, width).astype(np.int64), ((1, 1), (1, 1), (0, 0)), mode="edge")
-    total = sum(padded[y : y + height, x : x + width] for y in range(3) for x in range(3))
-    return (total // 9).astype(np.uint8)
-
-
-def tensor(*images: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    return known_answers()
 
 
 def test_known_psnr_and_ssim(known):
     """The formula images against their noisy and blurred copies, at two sizes."""
     default = "ssim_gauss11_valid (default: sigma 1.5, K .01/.03, per channel, no padding)"
+    uniform = "ssim_uniform7 (skimage default, sample covariance n/(n-1))"
     for height, width in ((64, 64), (48, 80)):
         for name, make in (("B", image_b), ("C", image_c)):
             expected = known["psnr_ssim"][f"A_vs_{name} {height}x{width}"]
@@ -215,6 +359,7 @@ def test_known_psnr_and_ssim(known):
             assert metrics.mse(a, b).item() * 255**2 == pytest.approx(expected["mse_255"], abs=1e-9)
             assert metrics.psnr(a, b).item() == pytest.approx(expected["psnr"], abs=1e-9)
             assert metrics.ssim(a, b).item() == pytest.approx(expected[default], abs=1e-9)
+            assert metrics.ssim_7x7(a, b).item() == pytest.approx(expected[uniform], abs=1e-9)
 
 
 def test_known_averaging(known):
