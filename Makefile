@@ -10,7 +10,7 @@ DEMO_FLAGS ?=
 demo: .venv/installed
 	rm -rf out/demo
 	$(BIN)/python train.py @recipes/demo.args $(DEMO_FLAGS)
-	$(BIN)/python eval.py out/demo/ckpt.pt --data synthetic --limit 64 --res 128 \
+	$(BIN)/python eval.py out/demo/ckpt.pt --data synthetic --limit 64 --res 128 --metrics psnr,ssim \
 	    --json out/demo/scores.json --grid out/demo/reconstruction.png
 	@echo "wrote out/demo/reconstruction.png"
 

@@ -1,64 +1,308 @@
-"""Score a checkpoint: PSNR and SSIM of reconstructions.
+"""Score an autoencoder: rFID, PSNR, SSIM and LPIPS of reconstructions, and the protocol that they follow.
 
     python eval.py out/litevae-b-128/ckpt.pt --imagenet-val       # or --data with any images
     torchrun --nproc_per_node=8 eval.py CKPT --imagenet-val       # the same numbers, sooner
+    python eval.py CKPT --data photos --res 64,128,256 --plot curve.png
 
-Protocol (metrics.py): short side to --res by PIL bicubic, centre crop, posterior mean, EMA weights, fp32, the
-reconstruction rounded to 8 bits, every metric from the pair of 8-bit images, mean over images.
+Default protocol: short side to --res by PIL bicubic, centre crop, posterior mean, EMA weights, fp32, the
+reconstruction rounded to 8 bits, every metric from the pair of 8-bit images (others: metrics.PROTOCOLS).
+A metric whose weights are missing is reported as unavailable; the exit code is 3 if --metrics named it.
 """
 
 import argparse
+import hashlib
 import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
-from torchvision.utils import make_grid, save_image
+from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
 import cli
 import data
 import distributed
+import fid
 import metrics
+import report
+import weights
 from distributed import print0
 from model import Autoencoder
 
 DEFAULT = "default"   # --imagenet-val without a folder
+IMAGENET_VAL = 50_000
+NETWORK_METRICS = {   # name: network of weights.URLS
+    "lpips_vgg": "vgg", "lpips_alex": "alex", "lpips_squeeze": "squeeze", "rfid": "inception",
+}
+WANTED = ("lpips_vgg", "lpips_alex", "rfid")    # without --metrics
+PACKAGES = ("torch", "torchvision", "numpy", "pillow", "lpips", "clean-fid")
+BIAS = ("of Gaussian features with a true rFID of .40, paired as here, 1,000 images give 5.75, 5,000 1.61, "
+        "50,000 .52: compare rFID at equal N only")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# flags
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.ArgumentParser(__doc__.split("\n")[0])
     add = parser.add_argument
     add("ckpt", metavar="CKPT", nargs="?", help="checkpoint of train.py")
-    add("--imagenet-val", nargs="?", const=DEFAULT, metavar="DIR",
-        help="ImageNet's validation set: class folders, a flat folder or a .tar "
-             "(default: $IMAGENET/val or datasets/imagenet/val)")
-    add("--data", metavar="SRC", help="any images instead: folders, .tar, .zip, globs, joined by commas")
-    add("--res", type=cli.positive, help="side of the square images, pixels (default: the checkpoint's)")
-    add("--batch-size", type=cli.positive, default=16, help="images per process")
-    add("--limit", type=cli.positive, help="score this many images, spread over the set (default: all)")
-    add("--num-workers", type=cli.natural, default=4, help="loader processes per process")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--raw", action="store_true", help="the weights themselves, not their moving average")
-    add("--json", metavar="FILE", help="write the scores here")
-    add("--grid", metavar="FILE", help="write a picture here: 8 inputs above their reconstructions")
+    images = parser.add_argument_group("images").add_argument
+    images("--imagenet-val", nargs="?", const=DEFAULT, metavar="PATH",
+           help="ImageNet's 50,000 validation images: class folders, a flat folder, tars, or a folder that "
+                "holds one of these (default: below $IMAGENET, datasets/imagenet or LDM's cache)")
+    images("--data", metavar="SRC", help="any images instead: folders, .tar, .zip, globs, joined by commas")
+    images("--res", type=resolutions, metavar="N[,N]",
+           help="side of the square images, pixels; several give a curve (default: the checkpoint's)")
+    images("--limit", type=cli.positive, help="score this many images, spread over the set (default: all)")
+    scores = parser.add_argument_group("scores").add_argument
+    scores("--protocol", choices=tuple(metrics.PROTOCOLS), default="default", help="whose choices to follow")
+    scores("--metrics", type=metric_names, metavar="NAME[,NAME]",
+           help="psnr, ssim, lpips (vgg and alex), lpips_vgg, lpips_alex, lpips_squeeze, rfid (default: all "
+                "but squeeze); PSNR and SSIM are always given")
+    scores("--jackknife", action="store_true", help="rFID's 95%% interval; 2.7 GB and 11 times its last step")
+    scores("--vgg-file", metavar="FILE", help="weights of LPIPS VGG (default: torch hub's cache)")
+    scores("--alex-file", metavar="FILE", help="weights of LPIPS Alex (default: torch hub's cache)")
+    scores("--inception-file", metavar="FILE", help="weights of rFID (default: torch hub's cache)")
+    output = parser.add_argument_group("output").add_argument
+    output("--json", metavar="FILE", help="write scores, intervals, protocol and versions here")
+    output("--per-image", metavar="FILE", help="write each image's scores here, as CSV")
+    output("--grid", metavar="FILE", help="write a picture here: 8 inputs above their reconstructions")
+    output("--extremes", metavar="FILE", help="write a picture here: the images of lowest and highest PSNR")
+    output("--extremes-count", type=cli.positive, default=8, help="of each")
+    output("--plot", metavar="FILE", help="write the curve of several --res here")
+    system = parser.add_argument_group("system").add_argument
+    system("--precision", choices=("fp32", "bf16"), default="fp32", help="of the model; metrics are fp32")
+    system("--batch-size", type=cli.positive, default=16, help="images per process")
+    system("--num-workers", type=cli.natural, default=4, help="loader processes per process")
+    system("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
     if args.ckpt is None and args.imagenet_val not in (None, DEFAULT):
         args.ckpt, args.imagenet_val = args.imagenet_val, DEFAULT     # eval.py --imagenet-val ckpt.pt
     if args.ckpt is None:
         parser.error("which checkpoint? for example: eval.py out/litevae-b-128/ckpt.pt --imagenet-val")
     if (args.data is None) == (args.imagenet_val is None):
-        parser.error("which images? give either --imagenet-val [DIR] or --data SRC")
+        parser.error("which images? give either --imagenet-val [PATH] or --data SRC")
     return args
 
 
-@torch.no_grad()
-def write_grid(path: str, model: Autoencoder, images: data.ValSet, device: torch.device) -> None:
-    """Eight images spread over the set, above their reconstructions."""
-    picks = [images[i * len(images) // 8] for i in range(min(8, len(images)))]
-    x = data.to_float(data.collate(picks)[0].to(device))
-    pair = torch.cat([x, model(x)[0].clamp(-1, 1)])
-    save_image(make_grid(pair / 2 + 0.5, nrow=len(x), padding=2, pad_value=1), path)
+def resolutions(text: str) -> list[int]:
+    return sorted({cli.positive(word) for word in text.split(",")})
+
+
+def metric_names(text: str) -> list[str]:
+    names = []
+    for word in text.lower().replace("-", "_").split(","):
+        names += ["lpips_vgg", "lpips_alex"] if word == "lpips" else [word]
+    for name in names:
+        if name not in (*NETWORK_METRICS, "psnr", "ssim"):
+            raise argparse.ArgumentTypeError(f"no metric {name!r}; choose from psnr, ssim, lpips, "
+                                             f"{', '.join(NETWORK_METRICS)}")
+    return names
+
+
+# ------------------------------------------------------------------------------------------------------------
+# set-up: what is scored, on what, by what
+
+
+def open_model(args: argparse.Namespace) -> tuple[Autoencoder, dict]:
+    """The network to score, and what the report says of it."""
+    model, state = checkpoint.load_model(args.ckpt, raw=args.raw)
+    training = {key: state[key] for key in ("args", "versions", "git", "data") if key in state}
+    return model, {
+        "checkpoint": args.ckpt,
+        "checkpoint_sha256": weights.sha256(args.ckpt),
+        "step": state["step"],
+        "weights": "raw" if args.raw or not state.get("ema") else "EMA",
+        "config": state["config"],
+        "training": training,
+    }
+
+
+def check_res(res: int, factor: int) -> None:
+    if res % factor:
+        raise ValueError(f"--res {res} is not a multiple of {factor}")
+    if res < 16:
+        raise ValueError(f"--res {res} is below 16, the least that SSIM can judge")
+
+
+def open_images(args: argparse.Namespace) -> data.Source:
+    if args.data:
+        return data.open_source(args.data, held_out=True)
+    root = None if args.imagenet_val == DEFAULT else args.imagenet_val
+    return data.by_file_name(data.open_source(data.imagenet_val_spec(root)))
+
+
+def load_networks(args: argparse.Namespace, device: torch.device) -> tuple[dict, dict, dict]:
+    """By metric: networks, what the report says of their files, and why others are unavailable."""
+    networks, files, reasons = {}, {}, {}
+    for metric in WANTED if args.metrics is None else args.metrics:
+        if metric not in NETWORK_METRICS:
+            continue
+        name = NETWORK_METRICS[metric]
+        file = getattr(args, f"{name}_file", None)
+        try:
+            # rank 0 fetches and reads, the others get the tensors
+            state, *about = distributed.from_main(lambda name=name, file=file: weights.load(name, file))
+            network = fid.Inception(state) if metric == "rfid" else metrics.load_lpips(name, state)
+        except ValueError as error:
+            reasons[metric] = str(error)
+        else:
+            networks[metric] = network.to(device)
+            files[metric] = dict(zip(("path", "sha256", "published"), about, strict=True))
+    return networks, files, reasons
+
+
+def names_hash(images: data.ValSet) -> str:
+    """sha256 of the sorted bare file names: equal for all layouts of one set."""
+    names = sorted(os.path.basename(images.name(i)) for i in range(len(images)))
+    return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# scoring at one resolution
+
+
+def make_scorer(args: argparse.Namespace, model: Autoencoder, images: data.ValSet, networks: dict,
+                device: torch.device) -> tuple[metrics.Scorer, dict[str, str]]:
+    """The scorer, and why metrics are unavailable at this resolution."""
+    protocol, reasons, lpips_nets = metrics.PROTOCOLS[args.protocol], {}, {}
+    for metric, network in networks.items():
+        name = NETWORK_METRICS[metric]
+        if metric != "rfid" and images.res < metrics.LPIPS_MIN_SIDE[name]:
+            reasons[metric] = f"needs {metrics.LPIPS_MIN_SIDE[name]} px"
+        elif metric != "rfid":
+            lpips_nets[name] = network
+    rfid = None
+    if "rfid" in networks:
+        chunk_of = fid.chunks(len(images), fid.CHUNKS if args.jackknife else 1)
+        rfid = fid.RFID(networks["rfid"], protocol.rfid, chunk_of, device)
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
+    scorer = metrics.Scorer(model, device, autocast, protocol, lpips_nets, rfid, args.batch_size)
+    return scorer, reasons
+
+
+def score(args: argparse.Namespace, scorer: metrics.Scorer, images: data.ValSet, loader, broken: set
+          ) -> tuple[dict, dict[str, np.ndarray]]:
+    """Run over this process's share -> (scores, intervals, unavailable, seconds ...), per-image table."""
+    bar = tqdm(loader, disable=not distributed.is_main(), dynamic_ncols=True, desc=f"{images.res} px")
+    batches = data.report_broken(scorer.clock.waiting("decode", bar), broken)
+    for numbers, pictures in batches:
+        scorer.add(pictures, numbers)
+    table = scorer.table()
+    result = {**metrics.summary(table), "intervals": metrics.intervals(table), "unavailable": {}}
+    if scorer.rfid:
+        with scorer.clock.stage("covariances"):
+            try:
+                rfid = scorer.rfid.result()
+            except ValueError as error:
+                rfid, result["unavailable"]["rfid"] = {}, str(error)
+        for name in [name for name in rfid if name.endswith("_se")]:
+            half = fid.T_QUANTILE * rfid[name]
+            value = rfid[name.removesuffix("_se")]
+            result["intervals"][name.removesuffix("_se")] = [value - half, value + half]
+        result |= rfid
+    result["seconds"] = dict(scorer.clock.seconds)
+    return result, table
+
+
+def describe(args: argparse.Namespace, device: torch.device) -> dict:
+    """The part of the report that is the same at every resolution."""
+    protocol = metrics.PROTOCOLS[args.protocol]
+    headline = {"rfid": f"rfid_{protocol.rfid[0]}", "psnr": "psnr", "ssim": protocol.ssim,
+                "lpips": protocol.lpips}
+    return {
+        "protocol": {"name": args.protocol, **asdict(protocol), "crop": "centre", "headline": headline},
+        "precision": args.precision,
+        "batch_size": args.batch_size,
+        "processes": distributed.world_size(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------
+# output
+
+
+def warnings(args: argparse.Namespace, result: dict) -> list[str]:
+    """What a reader of the numbers must know."""
+    lines = []
+    if result.get("complete") is False:
+        lines.append(f"{result['n']:,} images, ImageNet has 50,000: compare with no published score")
+    if any(name.startswith("rfid_") for name in result) and result["n"] < IMAGENET_VAL:
+        lines.append(f"rFID of {result['n']:,} images is too high; {BIAS}")
+    for metric, file in result["files"].items():
+        if not file["published"]:
+            lines.append(f"{file['path']} is not the published file: {metric} can be compared with nothing")
+    if result["broken"]:
+        lines.append(f"{result['broken']} broken images left out")
+    return lines
+
+
+def reconstruct(scorer: metrics.Scorer, images: data.ValSet, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The 8-bit pairs of some images: uint8 (N, C, H, W) twice; broken ones are left out."""
+    good = [(i, image) for i, image in ((int(i), images[int(i)][0]) for i in numbers) if image is not None]
+    pixels, pairs = torch.stack([image for _, image in good]), []
+    for batch, ids in zip(pixels.split(scorer.batch_size), torch.tensor([i for i, _ in good])
+                          .split(scorer.batch_size), strict=True):
+        with torch.no_grad():
+            padded = metrics.pad(batch, scorer.batch_size).to(scorer.device)
+            recon = scorer.reconstruct(padded, metrics.pad(ids, scorer.batch_size))
+        a, b, *_ = metrics.pairs(scorer.protocol, padded, recon)
+        pairs.append((a[: len(ids)].cpu(), b[: len(ids)].cpu()))
+    return tuple(map(torch.cat, zip(*pairs, strict=True)))
+
+
+def write_extremes(path: Path, count: int, scorer: metrics.Scorer, images: data.ValSet, table: dict) -> None:
+    order, blocks = table["psnr"].argsort(kind="stable"), []
+    for title, picks in (("lowest", order[:count]), ("highest", order[::-1][:count])):
+        numbers = table["number"][picks].astype(int)
+        captions = [f"{Path(images.name(i)).name}\n{table['psnr'][row]:.2f} dB"
+                    for i, row in zip(numbers, picks, strict=True)]
+        title = f"{title} PSNR: input above, reconstruction below"
+        blocks.append((title, *reconstruct(scorer, images, numbers), captions))
+    report.write_extremes(path, blocks)
+
+
+def write_files(args: argparse.Namespace, scorer: metrics.Scorer, images: data.ValSet, table: dict) -> None:
+    """Per-image values and pictures of one resolution; several resolutions get -<res> in the name."""
+    def path(file: str) -> Path:
+        target = Path(file)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target.with_stem(f"{target.stem}-{images.res}") if len(args.res) > 1 else target
+
+    if args.per_image:
+        report.write_csv(path(args.per_image), table, images.name)
+    if args.grid:
+        shown = min(8, len(images))
+        picks = [i * len(images) // shown for i in range(shown)]
+        report.write_grid(path(args.grid), reconstruct(scorer, images, picks))
+    if args.extremes:
+        write_extremes(path(args.extremes), args.extremes_count, scorer, images, table)
+
+
+def write_summary(args: argparse.Namespace, results: list[dict]) -> None:
+    """The JSON (a list of reports under "curve" if there are several) and the plot."""
+    for file in filter(None, (args.json, args.plot)):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+    if args.json:
+        whole = results[0] if len(results) == 1 else {"curve": results}
+        Path(args.json).write_text(json.dumps(whole, indent=2) + "\n")
+    if args.plot:
+        report.write_plot(args.plot, results)
+
+
+# ------------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -68,40 +312,42 @@ def main() -> None:
         if device.type == "cuda":
             torch.backends.cuda.matmul.fp32_precision = "ieee"        # scores should not depend on the GPU
             torch.backends.cudnn.conv.fp32_precision = "ieee"
-        model, state = checkpoint.load_model(args.ckpt, raw=args.raw)
+        model, about_model = open_model(args)
         model = model.to(device)
-        res = args.res or state["args"]["res"]
-        if res % model.config.downsample_factor:
-            raise ValueError(f"--res {res} is not a multiple of {model.config.downsample_factor}")
-        if res < 16:
-            raise ValueError(f"--res {res} is below 16, the least that SSIM can judge")
-        spec = args.data or args.imagenet_val
-        spec = data.imagenet_val_spec() if spec == DEFAULT else spec
-        source = distributed.from_main(lambda: data.open_source(spec, held_out=True))
-        if args.imagenet_val and len(source) != 50_000:
-            print0(f"warning: {len(source):,} images, ImageNet has 50,000: compare with no published score")
-        images = data.ValSet(source, res, args.limit, channels=model.config.in_channels)
-        loader = data.val_loader(images, args.batch_size, args.num_workers, device,
-                                 distributed.rank(), distributed.world_size())
+        args.res = args.res or [about_model["training"]["args"]["res"]]
+        for res in args.res:
+            check_res(res, model.config.downsample_factor)
+        source = distributed.from_main(lambda: open_images(args))
+        resize, channels = metrics.PROTOCOLS[args.protocol].resize, model.config.in_channels
+        sets = [data.ValSet(source, res, args.limit, channels, resize) for res in args.res]
+        place = (device, distributed.rank(), distributed.world_size())
+        loaders = [data.numbered_loader(images, args.batch_size, args.num_workers, *place) for images in sets]
+        networks, files, unavailable = load_networks(args, device)
 
-    weights = "raw" if args.raw or not state["ema"] else "EMA"
-    print0(f"{args.ckpt}: step {state['step']}, {weights} weights; {len(images):,} of {spec} at {res} px")
-    bar = tqdm(loader, disable=not distributed.is_main(), dynamic_ncols=True)
-    scores = metrics.evaluate(model, data.report_broken(bar, set()), device)
-    print0(f"PSNR {scores['psnr']:.3f} dB (std over images {scores['psnr_std']:.2f}, pooled "
-           f"{scores['psnr_pooled']:.3f})   SSIM {scores['ssim']:.4f}   N {scores['n']:,}")
-    if scores["n"] < len(images):
-        print0(f"{len(images) - scores['n']} broken images left out")
+    about_all, results, broken = describe(args, device), [], set()
+    for images, loader in zip(sets, loaders, strict=True):
+        scorer, too_small = make_scorer(args, model, images, networks, device)
+        result, table = score(args, scorer, images, loader, broken)
+        result["unavailable"] = {**unavailable, **too_small, **result["unavailable"]}
+        if args.imagenet_val:
+            result["complete"] = result["n"] == IMAGENET_VAL
+        result |= {"res": images.res, "data": source.spec, "names_sha256": names_hash(images),
+                   "broken": len(images) - result["n"], "files": files, **about_model, **about_all}
+        results.append(result)
+        print0(f"\n{report.about(result)}\n\n{report.table(result)}\n\n{report.speed(result)}")
+        for line in warnings(args, result):
+            print0(f"warning: {line}")
+        if distributed.is_main():
+            write_files(args, scorer, images, table)
+    if len(results) > 1:
+        print0(f"\n{report.curve_table(results)}")
     if distributed.is_main():
-        for file in filter(None, (args.json, args.grid)):
-            Path(file).parent.mkdir(parents=True, exist_ok=True)
-        if args.json:
-            about = {"checkpoint": args.ckpt, "step": state["step"], "weights": weights}
-            report = {**scores, **about, "data": spec, "res": res}
-            Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
-        if args.grid:
-            write_grid(args.grid, model, images, device)
+        write_summary(args, results)
     distributed.cleanup()
+    missing = set(args.metrics or ()) & {name for result in results for name in result["unavailable"]}
+    if missing:
+        print0(f"error: unavailable: {', '.join(sorted(missing))}")
+        sys.exit(3)
 
 
 if __name__ == "__main__":

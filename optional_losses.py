@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import VGG19_Weights, resnet50, vgg19
 
-from losses import l1_loss, l2_loss, load_features, one_line
+from losses import l1_loss, l2_loss, load_features
+from weights import one_line
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -1,22 +1,31 @@
 """Run: python -m pytest tests/test_eval.py. Scores of eval.py against scikit-image, by hand."""
 
+import csv
+import hashlib
 import json
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import call, torchrun, train_in, write_images
+from formulas import write_formula_file
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import nn
 from torchvision.transforms.functional import center_crop
 
 import checkpoint
 import eval as script
+import fid
+import metrics
+import weights
 
+SCORES = ("psnr", "ssim", "ssim_7x7", "psnr_std", "psnr_pooled", "n")
 NAMES = ["a.png", "b/c.png", "b/d.PNG", "e.png", "f.png"]
-QUICK = "--num-workers 0 --device cpu"
+QUICK = "--num-workers 0 --device cpu --metrics psnr,ssim"
 
 
 @pytest.fixture
@@ -31,6 +40,7 @@ def place(tmp_path, parent) -> Path:
 
 def score(folder: Path, flags: str) -> dict:
     """What --json holds after eval.py with these flags."""
+    (folder / "scores/out.json").unlink(missing_ok=True)
     call("eval", folder, f"{QUICK} --json scores/out.json {flags}")
     return json.loads((folder / "scores/out.json").read_text())
 
@@ -55,10 +65,10 @@ def by_hand(folder: Path, files: list[str], raw: bool = False) -> tuple[float, f
 
 def test_scores_are_those_by_hand(place):
     """psnr and ssim are scikit-image's on the same pairs, for EMA weights and, with --raw, the model's."""
-    for flags, raw, weights in (("", False, "EMA"), ("--raw", True, "raw")):
+    for flags, raw, kind in (("", False, "EMA"), ("--raw", True, "raw")):
         report = score(place, f"ckpt.pt --data pictures --batch-size 2 {flags}")
         assert (report["psnr"], report["ssim"]) == pytest.approx(by_hand(place, NAMES, raw), abs=1e-4)
-        assert (report["n"], report["res"], report["step"], report["weights"]) == (5, 64, 2, weights)
+        assert (report["n"], report["res"], report["step"], report["weights"]) == (5, 64, 2, kind)
         assert (report["data"], report["checkpoint"]) == ("pictures", "ckpt.pt")
     assert abs(report["psnr"] - score(place, "ckpt.pt --data pictures")["psnr"]) > 0.1
 
@@ -77,18 +87,20 @@ def test_broken_file_is_counted_and_left_out(place, capsys):
     report = score(place, "ckpt.pt --data pictures")
     printed = capsys.readouterr()
     assert "1 broken images left out" in printed.out and printed.err.count("pictures/broken.png") == 1
-    assert report == whole and report["n"] == 5
+    assert all(report[name] == whole[name] for name in (*SCORES, "intervals"))
+    assert (report["n"], report["broken"], whole["broken"]) == (5, 1, 0)
+    assert report["names_sha256"] != whole["names_sha256"]
 
 
 def test_two_processes_give_the_same_scores(place):
-    """torchrun with 2 processes on 5 pictures: no picture counts twice, and every number is the same."""
-    alone = score(place, "ckpt.pt --data pictures --batch-size 1")
-    done = torchrun(place, "eval.py ckpt.pt --data pictures --batch-size 1 --num-workers 0 --json two.json")
+    """torchrun with 2 processes on 5 pictures: no picture counts twice, every number has the same bits."""
+    alone = score(place, "ckpt.pt --data pictures --batch-size 2")
+    done = torchrun(place, f"eval.py ckpt.pt --data pictures --batch-size 2 {QUICK} --json two.json")
     assert done.returncode == 0, done.stderr
     both = json.loads((place / "two.json").read_text())
-    for name in ("psnr", "ssim", "psnr_std", "psnr_pooled", "n"):
-        assert both[name] == pytest.approx(alone[name], rel=1e-12)
-    assert done.stdout.count("PSNR") == 1
+    assert both["processes"] == 2 and both["names_sha256"] == alone["names_sha256"]
+    assert all(both[name] == alone[name] for name in (*SCORES, "intervals"))
+    assert done.stdout.count("PSNR, dB") == 1
 
 
 def test_grey_checkpoint(tmp_path):
@@ -96,6 +108,124 @@ def test_grey_checkpoint(tmp_path):
     train_in(tmp_path, "--in-channels 1 --steps 1 --res 32")
     report = score(tmp_path, "run/ckpt.pt --data synthetic --limit 2")
     assert report["n"] == 2 and report["res"] == 32 and 3 < report["psnr"] < 40
+
+
+def test_checkpoint_without_average(place):
+    """Without EMA weights the raw ones are scored, and the report says so."""
+    state = torch.load(place / "ckpt.pt", weights_only=True)
+    torch.save(state | {"ema": None}, place / "no-ema.pt")
+    report = score(place, "no-ema.pt --data pictures")
+    assert report["weights"] == "raw"
+    assert report["psnr"] == score(place, "ckpt.pt --data pictures --raw")["psnr"]
+
+
+def test_odd_pictures(place, capsys):
+    """A grey picture is scored as RGB, one of 20 x 3000 by its centre; both count."""
+    grey, strip = Image.open(place / "pictures/a.png").convert("L"), Image.new("RGB", (20, 3000), "teal")
+    grey.save(place / "pictures/grey.png"), strip.save(place / "pictures/strip.png")
+    report = score(place, "ckpt.pt --data pictures --per-image values.csv")
+    assert (report["n"], report["broken"]) == (7, 0)
+    rows = list(csv.DictReader((place / "values.csv").open()))
+    assert {row["file"] for row in rows} == {*NAMES, "grey.png", "strip.png"}
+    picture = Image.fromarray(np.asarray(grey)[..., None].repeat(3, axis=2))
+    picture.save(place / "pictures/grey.png")
+    again = score(place, "ckpt.pt --data pictures")
+    assert again["psnr"] == report["psnr"]
+
+
+# ---- protocol, networks, availability ----------------------------------------------------------------------
+
+
+def test_report_states_the_protocol(place, capsys):
+    """JSON and output say what was done, on what and with what; intervals hold their means."""
+    report = score(place, "ckpt.pt --data pictures --protocol lavinal712 --precision bf16")
+    protocol = report["protocol"]
+    assert (protocol["name"], protocol["resize"], protocol["crop"]) == ("lavinal712", "bilinear", "centre")
+    assert protocol["sample"] and protocol["truncate"] and protocol["floats"]
+    assert protocol["headline"]["ssim"] == "ssim_7x7" and report["precision"] == "bf16"
+    assert report["versions"]["torch"] == version("torch") and report["versions"]["clean-fid"] == "0.1.35"
+    names = "\n".join(sorted(Path(name).name for name in NAMES))
+    assert report["names_sha256"] == hashlib.sha256(names.encode()).hexdigest()
+    digest = hashlib.sha256((place / "ckpt.pt").read_bytes()).hexdigest()
+    assert report["checkpoint_sha256"] == digest and report["training"]["args"]["res"] == 64
+    for name, (low, high) in report["intervals"].items():
+        assert low <= report[name] <= high
+    assert report.keys() >= {"config", "seconds", "device", "batch_size"} and "complete" not in report
+    printed = capsys.readouterr().out
+    for words in ("lavinal712", "bilinear", "a sample of the posterior", "cut off", "floats", "EMA weights",
+                  "bf16", "64 px", report["names_sha256"][:16], "* SSIM, uniform 7x7", "img/s"):
+        assert words in printed
+
+
+def test_protocols_differ_where_they_should(place):
+    """The same pictures: a sample scores below the mean, resizing otherwise changes what is scored."""
+    scores = {name: score(place, f"ckpt.pt --data pictures --res 40 --protocol {name}")
+              for name in metrics.PROTOCOLS}
+    assert len({report["psnr"] for report in scores.values()}) == 4
+    again = score(place, "ckpt.pt --data pictures --res 40 --protocol lavinal712 --batch-size 2")
+    assert again["psnr"] == pytest.approx(scores["lavinal712"]["psnr"], abs=1e-4)    # noise is per image
+
+
+def test_lpips_through_the_offline_path(place, monkeypatch, capsys):
+    """A file in TORCH_HOME is used, its sha256 reported; a warning says that it is not the published one."""
+    monkeypatch.setenv("TORCH_HOME", str(place / "torch"))
+    path = write_formula_file("squeeze", place / "torch")
+    report = score(place, "ckpt.pt --data pictures --metrics lpips-squeeze --per-image values.csv")
+    file = report["files"]["lpips_squeeze"]
+    assert file["path"] == str(path) and not file["published"]
+    assert file["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert "is not the published file" in capsys.readouterr().out
+    values = [float(row["lpips_squeeze"]) for row in csv.DictReader((place / "values.csv").open())]
+    assert report["lpips_squeeze"] == pytest.approx(np.mean(values), rel=1e-8) and min(values) > 0
+    small = score(place, "ckpt.pt --data pictures --res 16,32 --metrics psnr")
+    assert [part["unavailable"] for part in small["curve"]] == [{}, {}]
+
+
+@pytest.mark.parametrize("flags, names, code", [
+    ("", {"lpips_vgg", "lpips_alex", "rfid"}, None),
+    ("--metrics psnr,lpips-alex", {"lpips_alex"}, 3),
+    ("--metrics rfid", {"rfid"}, 3),
+])  # fmt: skip
+def test_missing_weights(place, monkeypatch, capsys, flags, names, code):
+    """The metric is unavailable with the reason and the others are written; named, it ends with code 3."""
+    def fail(url: str, path: str, hash_prefix: str) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    monkeypatch.setenv("TORCH_HOME", str(place))
+    command = f"{QUICK.split(' --metrics')[0]} ckpt.pt --data pictures --json out.json {flags}"
+    if code:
+        with pytest.raises(SystemExit) as stop:
+            call("eval", place, command)
+        assert stop.value.code == code
+    else:
+        call("eval", place, command)
+    report = json.loads((place / "out.json").read_text())
+    assert report["unavailable"].keys() == names and report["psnr"] > 0
+    assert all("no route to host" in reason for reason in report["unavailable"].values())
+    assert "unavailable: cannot load" in capsys.readouterr().out
+
+
+def test_rfid_of_a_small_network(place, monkeypatch, capsys):
+    """With any feature network: both conventions, the jackknife's intervals, and the warning about N."""
+    class Features(nn.Module):
+        dims = 40
+
+        def __init__(self, state: dict) -> None:
+            super().__init__()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.avg_pool2d(x, 60, 59).flatten(1)[:, :40]
+
+    monkeypatch.setattr(weights, "load", lambda name, file: weights.Weights({}, "here", "0", True))
+    monkeypatch.setattr(fid, "Inception", Features)
+    report = score(place, "ckpt.pt --data synthetic --limit 20 --res 32 --metrics rfid --jackknife")
+    assert "rFID of 20 images is too high" in capsys.readouterr().out
+    for name in ("rfid_pytorch", "rfid_clean"):
+        low, high = report["intervals"][name]
+        assert 0 < low < report[name] < high
+        half = fid.T_QUANTILE * report[f"{name}_se"]
+        assert (low, high) == pytest.approx((report[name] - half, report[name] + half))
 
 
 # ---- pictures and sizes ------------------------------------------------------------------------------------
@@ -111,9 +241,35 @@ def test_grid(place, flags, count, res):
     if not flags:
         first = center_crop(Image.open(place / "pictures/a.png"), 64)
         shown = np.asarray(grid.crop((2, 2, 66, 66)), dtype=int)
-        assert np.abs(shown - np.asarray(first)).max() <= 1           # torchvision rounds its own way
+        assert (shown == np.asarray(first)).all()
         below = np.asarray(grid.crop((2, 68, 66, 132)), dtype=int)
         assert np.abs(below - np.asarray(first)).mean() > 1
+
+
+def test_curve(place, capsys):
+    """Several --res: a report for each, one table, one plot, files with the resolution in their name."""
+    both = score(place, "ckpt.pt --data pictures --res 64,32,32 --plot plots/curve.png --grid grids/g.png")
+    alone = score(place, "ckpt.pt --data pictures --res 32")
+    assert [part["res"] for part in both["curve"]] == [32, 64]
+    assert all(both["curve"][0][name] == alone[name] for name in SCORES)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.split()[:2] == ["32", "5"])
+    assert f"{alone['psnr']:.3f}" in line
+    assert Image.open(place / "plots/curve.png").size == (640, 240)      # PSNR and SSIM
+    assert Image.open(place / "grids/g-32.png").height == 2 * 34 + 2
+    assert Image.open(place / "grids/g-64.png").height == 2 * 66 + 2
+
+
+def test_extremes(place):
+    """--extremes: the lowest and the highest PSNR, as --per-image has them, above what became of them."""
+    score(place, "ckpt.pt --data pictures --extremes worst.png --extremes-count 1 --per-image values.csv")
+    rows = sorted(csv.DictReader((place / "values.csv").open()), key=lambda row: float(row["psnr"]))
+    sheet, side, block = Image.open(place / "worst.png"), 64, 3 * 16 + 2 * 66
+    for b, row in enumerate((rows[0], rows[-1])):
+        top = 2 + b * block + 3 * 16
+        expected = center_crop(Image.open(place / "pictures" / row["file"]), side)
+        shown, below = (np.asarray(sheet.crop((2, y, 66, y + side))) for y in (top, top + 66))
+        assert (shown == np.asarray(expected)).all()
+        assert peak_signal_noise_ratio(shown, below) == pytest.approx(float(row["psnr"]), abs=1e-8)
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------
@@ -130,12 +286,14 @@ def test_both_orders_of_arguments():
 
 
 @pytest.mark.parametrize("flags", ["--imagenet-val", "--imagenet-val pictures"])
-def test_imagenet_val(place, monkeypatch, flags):
+def test_imagenet_val(place, monkeypatch, capsys, flags):
     """Alone it means $IMAGENET/val, else the folder given: class folders at any depth."""
     shutil.copytree(place / "pictures", place / "imagenet/val")
     monkeypatch.setenv("IMAGENET", "imagenet")
     report = score(place, f"ckpt.pt {flags} --limit 1")
     assert report["n"] == 1 and report["data"] == ("pictures" if "pictures" in flags else "imagenet/val")
+    assert report["complete"] is False
+    assert "1 images, ImageNet has 50,000: compare with no published score" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, expected", [
@@ -150,6 +308,8 @@ def test_imagenet_val(place, monkeypatch, flags):
     ("ckpt.pt --data pictures --device tpu", "no device 'tpu'"),
     ("ckpt.pt --data pictures --res 8", "--res 8 is below 16"),
     ("ckpt.pt --data broken", "broken/0.png"),
+    ("ckpt.pt --data pictures --metrics psnr,fid", "no metric 'fid'; choose from psnr, ssim, lpips"),
+    ("ckpt.pt --data pictures --res 32,x", "invalid resolutions value: '32,x'"),
 ])
 def test_user_errors(place, refused, flags, expected):
     """Each is one line and exit code 2, and neither scores nor a grid are written."""

@@ -24,14 +24,17 @@ GRAPH = {
     "quantize": {"wavelets"},
     "openlitevae": {"blocks", "wavelets"},
     "model": {"ablations", "blocks", "openlitevae", "quantize", "wavelets"},
-    "losses": {"wavelets"},
-    "optional_losses": {"losses"},
-    "metrics": {"distributed"},
+    "weights": set(),
+    "losses": {"wavelets", "weights"},
+    "optional_losses": {"losses", "weights"},
+    "fid": {"distributed"},
+    "metrics": {"distributed", "fid"},
+    "report": set(),
     "checkpoint": {"model"},
     "foreign": {"model"},
     "train": {"checkpoint", "cli", "data", "discriminators", "distributed", "losses", "metrics", "model",
               "optional_losses", "quantize", "regularisers", "wavelets"},
-    "eval": {"checkpoint", "cli", "data", "distributed", "metrics", "model"},
+    "eval": {"checkpoint", "cli", "data", "distributed", "fid", "metrics", "model", "report", "weights"},
 }
 
 

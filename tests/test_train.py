@@ -433,7 +433,7 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch):
     assert [line["step"] for line in run.lines] == [1, 1] and "adv" in run.lines[0]
 
     monkeypatch.setenv("IMAGENET", "imagenet")
-    call("eval", tmp_path, "out/litevae-b-128/ckpt.pt --imagenet-val --json scores.json")
+    call("eval", tmp_path, "out/litevae-b-128/ckpt.pt --imagenet-val --metrics psnr --json scores.json")
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["n"] == 2 and scores["res"] == 128
     # the same images and weights as the validation at the end of training
