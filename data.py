@@ -588,10 +588,15 @@ def _start_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _loader(dataset: Dataset, num_workers: int, device: torch.device | str, collate_fn=collate, **batching
-            ) -> DataLoader:
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C is for the main process; SIGTERM is how torch ends the workers of a program that fails."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _loader(dataset: Dataset, num_workers: int, device: torch.device | str, collate_fn=collate,
+            worker_init_fn=_start_worker, **batching) -> DataLoader:
     """Workers run on one torch thread each, which is torch's own rule."""
-    return DataLoader(dataset, num_workers=num_workers, collate_fn=collate_fn, worker_init_fn=_start_worker,
+    return DataLoader(dataset, num_workers=num_workers, collate_fn=collate_fn, worker_init_fn=worker_init_fn,
                       pin_memory=torch.device(device).type == "cuda", persistent_workers=num_workers > 0,
                       prefetch_factor=4 if num_workers else None, **batching)
 
@@ -645,5 +650,5 @@ def numbered_loader(val_set: ValSet, batch_size: int, num_workers: int, device: 
     """As `val_loader`, but what `report_broken` yields is (numbers in the set, images) of each batch."""
     _check_readable(val_set)
     shard = range(rank, len(val_set), world)
-    return _loader(_Numbered(val_set), num_workers, device, _collate_numbered, batch_size=batch_size,
-                   sampler=shard)
+    return _loader(_Numbered(val_set), num_workers, device, _collate_numbered, _ignore_interrupt,
+                   batch_size=batch_size, sampler=shard)

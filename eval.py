@@ -236,7 +236,7 @@ def describe(args: argparse.Namespace, device: torch.device) -> dict:
 
 def warnings(args: argparse.Namespace, result: dict) -> list[str]:
     """What a reader of the numbers must know."""
-    lines = []
+    lines = [f"{metric} is unavailable: {reason}" for metric, reason in result["unavailable"].items()]
     if result.get("complete") is False:
         lines.append(f"{result['n']:,} images, ImageNet has 50,000: compare with no published score")
     if any(name.startswith("rfid_") for name in result) and result["n"] < IMAGENET_VAL:

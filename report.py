@@ -37,6 +37,7 @@ GAP, TEXT = 2, 12   # pixels between pictures; height of the lettering
 def table(report: dict) -> str:
     """Every metric of one report with its 95% interval; * marks the protocol's headline variants."""
     stars = report["protocol"]["headline"].values()
+    rfid = [f"rfid_{convention}" for convention in report["protocol"]["rfid"]]
     lines = [f"  {'metric':<28}{'value':>10}   95% interval"]
     for name, (title, _, digits) in METRICS.items():
         star = "* " if name in stars else "  "
@@ -44,17 +45,9 @@ def table(report: dict) -> str:
             ends = report["intervals"].get(name)
             interval = f"   {ends[0]:.{digits}f} to {ends[1]:.{digits}f}" if ends else ""
             lines.append(f"{star}{title:<28}{report[name]:>10.{digits}f}{interval}")
-        elif reason := unavailable(report, name):
-            lines.append(f"{star}{title:<28}{'-':>10}   unavailable: {reason}")
+        elif name in report["unavailable"] or name in rfid and "rfid" in report["unavailable"]:
+            lines.append(f"{star}{title:<28}{'-':>10}   unavailable")
     return "\n".join(lines)
-
-
-def unavailable(report: dict, name: str) -> str | None:
-    """Why a metric that was wanted is not there."""
-    reasons = report["unavailable"]
-    if name.startswith("rfid_"):
-        return reasons.get("rfid") if name[5:] in report["protocol"]["rfid"] else None
-    return reasons.get(name)
 
 
 def curve_table(reports: Sequence[dict]) -> str:
@@ -89,8 +82,9 @@ def speed(report: dict) -> str:
     """Where the time went, per stage of the first process."""
     images = -(-report["n"] // report["processes"])
     stages = (f"{name} {seconds:.1f} s ({images / max(seconds, 1e-9):,.1f} img/s)"
-              for name, seconds in report["seconds"].items())
-    return "time      " + ", ".join(stages)
+              for name, seconds in report["seconds"].items() if name != "covariances")
+    last = report["seconds"].get("covariances")
+    return "time      " + ", ".join(stages) + (f", rFID's covariances {last:.1f} s" if last else "")
 
 
 def write_csv(path: str | Path, values: dict[str, np.ndarray], name_of: Callable[[int], str]) -> None:
