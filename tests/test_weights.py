@@ -59,4 +59,5 @@ def test_missing_and_damaged_files_are_one_line(tmp_path, monkeypatch):
                            (None, "no route to host")):
         with pytest.raises(ValueError, match=expected) as error:
             weights.load("inception", file and str(file))
-        assert str(file or weights.find(weights.URLS["inception"])) in str(error.value) and "\n" not in str(error.value)
+        path = file or weights.find(weights.URLS["inception"])
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
