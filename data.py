@@ -8,10 +8,12 @@ its place in the epoch's permutation, scale, crop and flip. So the step alone re
 processes with the same global batch see the same samples. A broken file gives way to another by this rule.
 """
 
+import atexit
 import copy
 import glob
 import hashlib
 import io
+import multiprocessing
 import os
 import re
 import signal
@@ -583,20 +585,21 @@ def report_broken(batches: Iterable[tuple[Any, list[str]]], seen: set[str]) -> I
 
 
 def _start_worker(worker: int) -> None:
-    """Ctrl-C and a job's end reach every process; the trainer alone answers, and a worker ends with it."""
+    """Ctrl-C and a job's end reach every process; the main one alone answers, and a worker ends with it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C is for the main process; SIGTERM is how torch ends the workers of a program that fails."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _kill_workers() -> None:
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def _loader(dataset: Dataset, num_workers: int, device: torch.device | str, collate_fn=collate,
-            worker_init_fn=_start_worker, **batching) -> DataLoader:
+            **batching) -> DataLoader:
     """Workers run on one torch thread each, which is torch's own rule."""
-    return DataLoader(dataset, num_workers=num_workers, collate_fn=collate_fn, worker_init_fn=worker_init_fn,
+    atexit.register(_kill_workers)    # before Python waits for them to obey SIGTERM, which they ignore
+    return DataLoader(dataset, num_workers=num_workers, collate_fn=collate_fn, worker_init_fn=_start_worker,
                       pin_memory=torch.device(device).type == "cuda", persistent_workers=num_workers > 0,
                       prefetch_factor=4 if num_workers else None, **batching)
 
@@ -650,5 +653,5 @@ def numbered_loader(val_set: ValSet, batch_size: int, num_workers: int, device: 
     """As `val_loader`, but what `report_broken` yields is (numbers in the set, images) of each batch."""
     _check_readable(val_set)
     shard = range(rank, len(val_set), world)
-    return _loader(_Numbered(val_set), num_workers, device, _collate_numbered, _ignore_interrupt,
-                   batch_size=batch_size, sampler=shard)
+    return _loader(_Numbered(val_set), num_workers, device, _collate_numbered, batch_size=batch_size,
+                   sampler=shard)

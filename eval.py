@@ -3,6 +3,7 @@
     python eval.py out/litevae-b-128/ckpt.pt --imagenet-val       # or --data with any images
     torchrun --nproc_per_node=8 eval.py CKPT --imagenet-val       # the same numbers, sooner
     python eval.py CKPT --data photos --res 64,128,256 --plot curve.png
+    python eval.py --diffusers sd-vae-ft-mse --data photos --res 256        # or --open-litevae, --model
 
 Default protocol: short side to --res by PIL bicubic, centre crop, posterior mean, EMA weights, fp32, the
 reconstruction rounded to 8 bits, every metric from the pair of 8-bit images (others: metrics.PROTOCOLS).
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
@@ -30,6 +31,7 @@ import cli
 import data
 import distributed
 import fid
+import foreign
 import metrics
 import report
 import weights
@@ -56,6 +58,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("ckpt", metavar="CKPT", nargs="?", help="checkpoint of train.py")
     add("--raw", action="store_true", help="the weights themselves, not their moving average")
+    add("--diffusers", metavar="PATH", help="instead: an AutoencoderKL, as a folder or a .safetensors file")
+    add("--open-litevae", metavar="FILE", help="instead: a checkpoint of open-LiteVAE")
+    add("--model", metavar="MODULE:NAME",
+        help="instead: any callable, of a module found from here, of images (B, 3, H, W) in [-1, 1]")
     images = parser.add_argument_group("images").add_argument
     images("--imagenet-val", nargs="?", const=DEFAULT, metavar="PATH",
            help="ImageNet's 50,000 validation images: class folders, a flat folder, tars, or a folder that "
@@ -69,7 +75,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     scores("--metrics", type=metric_names, metavar="NAME[,NAME]",
            help="psnr, ssim, lpips (vgg and alex), lpips_vgg, lpips_alex, lpips_squeeze, rfid (default: all "
                 "but squeeze); PSNR and SSIM are always given")
-    scores("--jackknife", action="store_true", help="rFID's 95%% interval; 2.7 GB and 11 times its last step")
+    scores("--jackknife", action="store_true",
+           help="rFID's interval of 95 percent; 2.7 GB and 11 times its last step")
     scores("--vgg-file", metavar="FILE", help="weights of LPIPS VGG (default: torch hub's cache)")
     scores("--alex-file", metavar="FILE", help="weights of LPIPS Alex (default: torch hub's cache)")
     scores("--inception-file", metavar="FILE", help="weights of rFID (default: torch hub's cache)")
@@ -88,8 +95,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.ckpt is None and args.imagenet_val not in (None, DEFAULT):
         args.ckpt, args.imagenet_val = args.imagenet_val, DEFAULT     # eval.py --imagenet-val ckpt.pt
-    if args.ckpt is None:
-        parser.error("which checkpoint? for example: eval.py out/litevae-b-128/ckpt.pt --imagenet-val")
+    scored = [args.ckpt, args.diffusers, args.open_litevae, args.model]
+    if sum(name is not None for name in scored) != 1:
+        parser.error("score what? one of a checkpoint, --diffusers, --open-litevae, --model; for example: "
+                     "eval.py out/litevae-b-128/ckpt.pt --imagenet-val")
     if (args.data is None) == (args.imagenet_val is None):
         parser.error("which images? give either --imagenet-val [PATH] or --data SRC")
     return args
@@ -114,8 +123,29 @@ def metric_names(text: str) -> list[str]:
 # set-up: what is scored, on what, by what
 
 
-def open_model(args: argparse.Namespace) -> tuple[Autoencoder, dict]:
+def open_model(args: argparse.Namespace) -> tuple[nn.Module, dict]:
     """The network to score, and what the report says of it."""
+    if args.ckpt:
+        return open_checkpoint(args)
+    if args.raw:
+        raise ValueError("--raw needs a checkpoint of train.py, others have one set of weights")
+    if args.res is None:
+        raise ValueError("which --res? only a checkpoint of train.py says what it was trained at")
+    name = args.diffusers or args.open_litevae or args.model
+    about = {"checkpoint": name, "step": None, "weights": "its own"}
+    if args.model:
+        if metrics.PROTOCOLS[args.protocol].sample:
+            raise ValueError(f"--protocol {args.protocol} samples a posterior, --model has none")
+        model = foreign.load_callable(name)
+        model(torch.zeros(1, 3, args.res[0], args.res[0]))            # a wrong output ends here
+        return model, about
+    load = foreign.load_diffusers if args.diffusers else foreign.load_open_litevae
+    model, source = load(name)
+    about |= {"checkpoint_sha256": source["sha256"], "config": asdict(model.config), "source": source}
+    return model, about
+
+
+def open_checkpoint(args: argparse.Namespace) -> tuple[Autoencoder, dict]:
     model, state = checkpoint.load_model(args.ckpt, raw=args.raw)
     training = {key: state[key] for key in ("args", "versions", "git", "data") if key in state}
     return model, {
@@ -128,11 +158,16 @@ def open_model(args: argparse.Namespace) -> tuple[Autoencoder, dict]:
     }
 
 
-def check_res(res: int, factor: int) -> None:
-    if res % factor:
-        raise ValueError(f"--res {res} is not a multiple of {factor}")
+def check_res(res: int, model: nn.Module) -> int:
+    """The number of channels that images need; ValueError if the model or SSIM cannot do with this side."""
+    config = model.config if isinstance(model, Autoencoder) else None
+    if config and res % config.downsample_factor:
+        raise ValueError(f"--res {res} is not a multiple of {config.downsample_factor}")
+    if config and config.resolution not in (0, res):
+        raise ValueError(f"--res {res}: the ViT of this model takes {config.resolution} only")
     if res < 16:
         raise ValueError(f"--res {res} is below 16, the least that SSIM can judge")
+    return config.in_channels if config else 3
 
 
 def open_images(args: argparse.Namespace) -> data.Source:
@@ -145,11 +180,12 @@ def open_images(args: argparse.Namespace) -> data.Source:
 def load_networks(args: argparse.Namespace, device: torch.device) -> tuple[dict, dict, dict]:
     """By metric: networks, what the report says of their files, and why others are unavailable."""
     networks, files, reasons = {}, {}, {}
+    given = {"vgg": args.vgg_file, "alex": args.alex_file, "inception": args.inception_file}
     for metric in WANTED if args.metrics is None else args.metrics:
         if metric not in NETWORK_METRICS:
             continue
         name = NETWORK_METRICS[metric]
-        file = getattr(args, f"{name}_file", None)
+        file = given.get(name)
         try:
             # rank 0 fetches and reads, the others get the tensors
             state, *about = distributed.from_main(lambda name=name, file=file: weights.load(name, file))
@@ -172,7 +208,7 @@ def names_hash(images: data.ValSet) -> str:
 # scoring at one resolution
 
 
-def make_scorer(args: argparse.Namespace, model: Autoencoder, images: data.ValSet, networks: dict,
+def make_scorer(args: argparse.Namespace, model: nn.Module, images: data.ValSet, networks: dict,
                 device: torch.device) -> tuple[metrics.Scorer, dict[str, str]]:
     """The scorer, and why metrics are unavailable at this resolution."""
     protocol, reasons, lpips_nets = metrics.PROTOCOLS[args.protocol], {}, {}
@@ -315,10 +351,9 @@ def main() -> None:
         model, about_model = open_model(args)
         model = model.to(device)
         args.res = args.res or [about_model["training"]["args"]["res"]]
-        for res in args.res:
-            check_res(res, model.config.downsample_factor)
+        channels = [check_res(res, model) for res in args.res][0]
         source = distributed.from_main(lambda: open_images(args))
-        resize, channels = metrics.PROTOCOLS[args.protocol].resize, model.config.in_channels
+        resize = metrics.PROTOCOLS[args.protocol].resize
         sets = [data.ValSet(source, res, args.limit, channels, resize) for res in args.res]
         place = (device, distributed.rank(), distributed.world_size())
         loaders = [data.numbered_loader(images, args.batch_size, args.num_workers, *place) for images in sets]

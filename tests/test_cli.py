@@ -14,7 +14,9 @@ import train
 
 SCRIPTS = ("train", "eval")
 # without these nothing happens, which needs no words; all else shows a default
-OFF_UNLESS_GIVEN = {"train": {"--resume", "--init"}, "eval": {"CKPT", "--data", "--json", "--grid"}}
+OFF_UNLESS_GIVEN = {"train": {"--resume", "--init"}, "eval": {
+    "CKPT", "--diffusers", "--open-litevae", "--model", "--data", "--json", "--per-image", "--grid",
+    "--extremes", "--plot"}}  # fmt: skip
 
 
 def actions(script: str, monkeypatch) -> list[argparse.Action]:
@@ -107,7 +109,7 @@ def test_flag_file(tmp_path):
     ("train", "--kl-weight nan", "argument --kl-weight: must be 0 or more, got nan"),
     ("train", "--rescale 1", "argument --rescale: expected 2 arguments"),
     ("train", "@missing.args", "No such file or directory: 'missing.args'"),
-    ("eval", "--data x", "which checkpoint?"),
+    ("eval", "--data x", "score what?"),
     ("eval", "c.pt", "which images?"),
     ("eval", "c.pt --data x --imagenet-val", "which images?"),
     ("eval", "c.pt --data x --limit 0", "argument --limit: must be at least 1, got 0"),

@@ -15,15 +15,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, call, torchrun, train_in, write_images
+from diffusers import AutoencoderKL
 from formulas import write_formula_file
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from test_foreign import open_state
 from torch import nn
 from torchvision.transforms.functional import center_crop
 
 import checkpoint
 import eval as script
 import fid
+import foreign
 import metrics
 import weights
 
@@ -189,6 +192,8 @@ def test_lpips_through_the_offline_path(place, monkeypatch, capsys):
     ("", {"lpips_vgg", "lpips_alex", "rfid"}, None),
     ("--metrics psnr,lpips-alex", {"lpips_alex"}, 3),
     ("--metrics rfid", {"rfid"}, 3),
+    ("--vgg-file no/vgg.pth --alex-file no/alex.pth --inception-file no/inception.pth",
+     {"lpips_vgg", "lpips_alex", "rfid"}, None),
 ])  # fmt: skip
 def test_missing_weights(place, monkeypatch, capsys, flags, names, code):
     """The metric is unavailable with the reason and the others are written; named, it ends with code 3."""
@@ -206,7 +211,9 @@ def test_missing_weights(place, monkeypatch, capsys, flags, names, code):
         call("eval", place, command)
     report = json.loads((place / "out.json").read_text())
     assert report["unavailable"].keys() == names and report["psnr"] > 0
-    assert all("no route to host" in reason for reason in report["unavailable"].values())
+    for metric, reason in report["unavailable"].items():
+        file = f"no/{script.NETWORK_METRICS[metric]}.pth"
+        assert ("No such file" in reason and file in reason) if "-file" in flags else "no route" in reason
     assert capsys.readouterr().out.count("is unavailable: cannot load") == len(names)
 
 
@@ -301,6 +308,48 @@ def test_both_orders_of_arguments():
         assert (args.ckpt, args.imagenet_val) == ("c.pt", "folder")
 
 
+def test_diffusers(place):
+    """--diffusers scores an AutoencoderKL as diffusers itself reconstructs, under the same protocol."""
+    torch.manual_seed(0)
+    widths = (32, 64, 128, 128)
+    theirs = AutoencoderKL(
+        block_out_channels=widths, down_block_types=4 * ("DownEncoderBlock2D",), layers_per_block=2,
+        up_block_types=4 * ("UpDecoderBlock2D",), latent_channels=4, norm_num_groups=32,
+    ).eval()  # fmt: skip
+    theirs.save_pretrained(place / "vae")
+    report = score(place, "--diffusers vae --data pictures --res 64 --limit 1")
+    image = np.asarray(center_crop(Image.open(place / "pictures/a.png"), 64))
+    x = torch.tensor(image / 127.5 - 1, dtype=torch.float32).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        recon = metrics.to_uint8(theirs.decode(theirs.encode(x).latent_dist.mean).sample)[0].permute(1, 2, 0)
+    assert report["psnr"] == pytest.approx(peak_signal_noise_ratio(image, recon.numpy()), abs=1e-3)
+    file = place / "vae/diffusion_pytorch_model.safetensors"
+    assert report["checkpoint_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert report["checkpoint"] == "vae" and report["config"]["latent_channels"] == 4
+
+
+def test_open_litevae(place):
+    """--open-litevae scores a file under the public names as the model that load_open_litevae makes of it."""
+    torch.save({"state_dict": open_state()}, place / "public.ckpt")
+    report = score(place, "--open-litevae public.ckpt --data pictures --res 64 --limit 1")
+    net, _ = foreign.load_open_litevae(place / "public.ckpt")
+    image = np.asarray(center_crop(Image.open(place / "pictures/a.png"), 64))
+    x = torch.tensor(image / 127.5 - 1, dtype=torch.float32).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        recon = metrics.to_uint8(net.decode(net.encode(x).mean))[0].permute(1, 2, 0)
+    assert report["psnr"] == pytest.approx(peak_signal_noise_ratio(image, recon.numpy()), abs=1e-3)
+
+
+def test_model_of_the_user(place, monkeypatch):
+    """--model scores any callable: one that darkens by 2/255 has the PSNR of an error of 1/255."""
+    (place / "mine.py").write_text("def darker(x):\n    return x - 2 / 255\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    report = score(place, "--model mine:darker --data pictures --res 64 --limit 1")
+    image = np.asarray(center_crop(Image.open(place / "pictures/a.png"), 64)).astype(int)
+    error = np.mean((image - np.clip(image - 1, 0, 255)) ** 2)
+    assert report["psnr"] == pytest.approx(10 * np.log10(255**2 / error), abs=1e-9)
+
+
 @pytest.mark.parametrize("flags", ["--imagenet-val", "--imagenet-val pictures"])
 def test_imagenet_val(place, monkeypatch, capsys, flags):
     """Alone it means $IMAGENET/val, else the folder given: class folders at any depth."""
@@ -326,6 +375,15 @@ def test_imagenet_val(place, monkeypatch, capsys, flags):
     ("ckpt.pt --data broken", "broken/0.png"),
     ("ckpt.pt --data pictures --metrics psnr,fid", "no metric 'fid'; choose from psnr, ssim, lpips"),
     ("ckpt.pt --data pictures --res 32,x", "invalid resolutions value: '32,x'"),
+    ("--diffusers empty --data pictures --res 64", "in empty: only safetensors files are read"),
+    ("--diffusers text.pt --data pictures --res 64", "text.pt is no safetensors file"),
+    ("--diffusers empty --data pictures", "which --res? only a checkpoint of train.py"),
+    ("--diffusers empty --data pictures --res 64 --raw", "--raw needs a checkpoint of train.py"),
+    ("--open-litevae text.pt --data pictures --res 64", "text.pt is damaged, or needs code"),
+    ("--model nowhere:f --data pictures --res 64", "cannot import nowhere: no such module"),
+    ("--model builtins:id --data pictures --res 64", "builtins:id"),
+    ("--model os:getcwd --data pictures --res 64 --protocol lavinal712", "--model has none"),
+    ("ckpt.pt --diffusers empty --data pictures", "score what? one of a checkpoint, --diffusers"),
 ])
 def test_user_errors(place, refused, flags, expected):
     """Each is one line and exit code 2, and neither scores nor a grid are written."""

@@ -34,7 +34,8 @@ GRAPH = {
     "foreign": {"model"},
     "train": {"checkpoint", "cli", "data", "discriminators", "distributed", "losses", "metrics", "model",
               "optional_losses", "quantize", "regularisers", "wavelets"},
-    "eval": {"checkpoint", "cli", "data", "distributed", "fid", "metrics", "model", "report", "weights"},
+    "eval": {"checkpoint", "cli", "data", "distributed", "fid", "foreign", "metrics", "model", "report",
+             "weights"},
 }
 
 
