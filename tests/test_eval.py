@@ -35,13 +35,21 @@ NAMES = ["a.png", "b/c.png", "b/d.PNG", "e.png", "f.png"]
 QUICK = "--num-workers 0 --device cpu --metrics psnr,ssim"
 
 
-@pytest.fixture
-def place(tmp_path, parent) -> Path:
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory, parent) -> Path:
     """A folder with ckpt.pt, whose raw weights make brighter images, and five pictures of 64 x 72 to 76."""
-    state = {name: parent.state()[name] for name in ("step", "config", "args", "model", "ema")}
+    folder, whole = tmp_path_factory.mktemp("origin"), parent.state()
+    state = {name: whole[name] for name in ("step", "config", "args", "model", "ema")}
     state["model"]["decoder.conv_out.bias"] += 0.2
-    torch.save(state, tmp_path / "ckpt.pt")
-    write_images(tmp_path / "pictures", NAMES)
+    torch.save(state, folder / "ckpt.pt")
+    write_images(folder / "pictures", NAMES)
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path, origin) -> Path:
+    """A copy of it, to be changed at will."""
+    shutil.copytree(origin, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
