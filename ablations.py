@@ -36,6 +36,9 @@ def check_combinations(config) -> None:
     if config.wavelet != "haar" and idle:
         where = f"encoder={config.encoder} and output={config.output}"
         raise ValueError(f"wavelet={config.wavelet} has nothing to act on: {where}")
+    if config.first_level == config.levels and (config.shared_extractor or config.downsample == "conv"):
+        name = "shared_extractor" if config.shared_extractor else "downsample=conv"
+        raise ValueError(f"{name} has nothing to act on: first_level={config.first_level} leaves one level")
     if config.codebook_update == "ema" and not config.codebook_size:
         raise ValueError("codebook_update=ema needs a codebook: set codebook_size, or leave it out")
     if (config.aggregator == "vit") != bool(config.resolution):

@@ -28,8 +28,8 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse with the house rules.
 
     --batch-size and --batch_size are the same flag and nothing may be abbreviated. @file reads flags from a
-    file: several words a line, quotes as in a shell, comments after #. A wrong flag is one line and exit
-    code 2.
+    file: several words a line, quotes as in a shell, comments after #, and @other for the flags of another
+    file. A wrong flag is one line and exit code 2.
     """
 
     def __init__(self, description: str) -> None:
@@ -46,6 +46,8 @@ class ArgumentParser(argparse.ArgumentParser):
             return super().parse_known_args([hyphens(arg) for arg in args], namespace)
         except ValueError as error:                       # a flag file with an open quote, or no text at all
             self.error(f"cannot read the flag file: {error}")
+        except RecursionError:
+            self.error("cannot read the flag file: it names itself, straight away or through others")
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         return [hyphens(word) for word in shlex.split(line, comments=True)]

@@ -50,6 +50,8 @@ from wavelets import FILTERS
 # ----------------------------------------------------------------------------
 # flags
 
+ONE_SIZE = ("sd", "dwt", "dwt2")       # encoders without scales
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.ArgumentParser(__doc__.split("\n")[0])
@@ -158,7 +160,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--keep", type=cli.natural, default=1, help="older checkpoints to keep beside ckpt.pt")
 
     args = parser.parse_args(argv)
-    name = args.encoder if args.encoder == "sd" else f"{args.encoder}-{args.scale.lower()}"
+    name = args.encoder if args.encoder in ONE_SIZE else f"{args.encoder}-{args.scale.lower()}"
     args.out = args.out or f"out/{name}-{args.res}"
     return args
 
@@ -166,7 +168,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def build_config(args: argparse.Namespace) -> AutoencoderConfig:
     """The architecture that the flags ask for."""
     return scale_config(
-        "B" if args.encoder == "sd" else args.scale,              # the sd encoder has one scale
+        args.scale,
         encoder=args.encoder,
         extractor_blocks=args.extractor_blocks,
         aggregator_blocks=args.aggregator_blocks,
@@ -213,8 +215,34 @@ def check_flags(args: argparse.Namespace, config: AutoencoderConfig) -> None:
         raise ValueError("--ldl-weight compares with the averaged weights: --ema-decay must be above 0")
     if args.freeze_encoder and not (args.init or args.resume):
         raise ValueError("--freeze-encoder would keep a random encoder: give a trained one with --init CKPT")
+    check_idle_flags(args)
     if args.warmup >= args.steps:
         print0(f"note: --warmup {args.warmup} is not over after --steps {args.steps}, --lr is never reached")
+
+
+def check_idle_flags(args: argparse.Namespace) -> None:
+    """ValueError on a flag that asks for what nothing would do; a note on settings of a part that is off."""
+    defaults = parse_args([])
+    given = lambda name: getattr(args, name) != getattr(defaults, name)  # noqa: E731
+    idle = {
+        "scale": args.encoder in ONE_SIZE and f"--encoder {args.encoder} has one size",
+        "kl_weight": args.codebook_size and "a codebook has no KL, its weight is --vq-weight",
+        "vq_weight": not args.codebook_size and "there is no codebook, set --codebook-size",
+        "r1_every": not args.r1 and "there is no penalty, set --r1",
+    }
+    for name, reason in idle.items():
+        if reason and given(name):
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} has no effect: {reason}")
+    off = {
+        "--disc none": args.disc == "none" and ("disc_loss", "disc_start", "disc_warmup", "disc_lr",
+                                                "disc_weight"),
+        "--lpips-weight 0": not args.lpips_weight and ("vgg_file",),
+        "--vgg19-weight 0": not args.vgg19_weight and ("vgg19_file",),
+        "--identity-weight 0": not args.identity_weight and ("moco_file",),
+    }
+    for switch, names in off.items():
+        for name in filter(given, names or ()):
+            print0(f"note: --{name.replace('_', '-')} {getattr(args, name)} has no effect with {switch}")
 
 
 # ----------------------------------------------------------------------------

@@ -93,6 +93,17 @@ def test_flag_file(tmp_path):
     assert args.data == "my pictures/a#1" and args.rescale == [1, 2]
 
 
+def test_flag_file_that_builds_on_another(tmp_path, monkeypatch, refused):
+    """@file within a file, relative to where the command runs; later flags win; a circle is refused."""
+    monkeypatch.chdir(tmp_path)
+    Path("base.args").write_text("--batch-size 7 --lr 3e-4\n")
+    Path("row.args").write_text("# base, and another rate\n@base.args\n--lr 1e-3\n")
+    args = train.parse_args(["@row.args"])
+    assert (args.batch_size, args.lr) == (7, 1e-3)
+    Path("base.args").write_text("@row.args\n")
+    assert "it names itself, straight away or through others" in refused("train", "@row.args")
+
+
 @pytest.mark.parametrize("script, flags, expected", [
     ("train", "--batch 4", "unrecognized arguments: --batch 4"),
     ("train", "--no-comp", "unrecognized arguments: --no-comp"),

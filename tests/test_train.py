@@ -100,6 +100,7 @@ def test_default_out():
     assert train.parse_args([]).out == "out/litevae-b-128"
     assert train.parse_args(["--encoder", "sd", "--res", "256"]).out == "out/sd-256"
     assert train.parse_args(["--encoder", "open-litevae"]).out == "out/open-litevae-b-128"
+    assert train.parse_args(["--encoder", "dwt2"]).out == "out/dwt2-128"
 
 
 # ---- what happens in a step --------------------------------------------------------------------------------
@@ -447,7 +448,7 @@ SHAPES = [  # flags, a tensor of the model, its shape
     ("--in-channels 1", "decoder.conv_out.weight", (1, 8, 3, 3)),
     ("--levels 2", "decoder.up.4.conv1.conv.weight", (8, 16, 3, 3)),
     ("--levels 4 --res 64", "encoder.extractors.3.conv_in.weight", (16, 12, 3, 3)),
-    ("--encoder sd --steps 1 --ema-decay 0", "encoder.conv_in.weight", (128, 3, 3, 3)),
+    ("--encoder sd --scale B --steps 1 --ema-decay 0", "encoder.conv_in.weight", (128, 3, 3, 3)),
     ("--encoder open-litevae --extractor-blocks 3", "encoder.extractors.0.mid_block.2.norm1.weight", (32,)),
     ("--encoder open-litevae --aggregator-blocks 3", "encoder.aggregator.mid_block.2.norm1.weight", (32,)),
     ("--decoder open-litevae", "decoder.conv_norm.scales", (8,)),
