@@ -468,8 +468,8 @@ PRESETS = {
 # fmt: on
 
 
-# as published: millions of parameters and 1e9 MACs, encoder or encoder/decoder. LiteVAE's Tables 2a and 3 count
-# at n_z 4; open-LiteVAE's README, of S and B without group norms. Both say FLOPs where MACs are meant
+# as published: millions of parameters and 1e9 MACs, encoder or encoder/decoder. LiteVAE's Tables 2a and 3
+# count at n_z 4; open-LiteVAE's README, of S and B without group norms. Both say FLOPs and mean MACs
 PUBLISHED = {
     "litevae-s": ("1.03", "-"), "litevae-b": ("6.75", "-"), "litevae-m": ("32.75", "-"),
     "litevae-l": ("41.42", "-"), "litevae-b-nz4": ("6.75", "-"), "litevae-l-conv": ("41.425", "-"),

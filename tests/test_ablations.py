@@ -410,7 +410,7 @@ def test_vit_takes_one_size():
     (dict(encoder="dwt", latent_channels=12, conv1x1=True), "conv1x1 belongs to a learned encoder, got enc"),
     (dict(encoder="dwt", latent_channels=12, codebook_size=8), "codebook_size belongs to a learned encoder"),
     (dict(encoder="sd", wavelet="db2"), "wavelet=db2 has nothing to act on: encoder=sd and output=image"),
-    (dict(first_level=3, downsample="conv"), "downsample=conv has nothing to act on: first_level=3 leaves one"),
+    (dict(first_level=3, downsample="conv"), "downsample=conv has nothing to act on: first_level=3"),
     (dict(first_level=3, shared_extractor=True), "shared_extractor has nothing to act on: first_level=3"),
     (dict(encoder="sd", extractor="nafnet"), "extractor=nafnet needs encoder=litevae, got sd"),
     (dict(encoder="sd", shared_extractor=True), "shared_extractor=True needs encoder=litevae, got sd"),
