@@ -30,7 +30,7 @@ class PatchGAN(nn.Module):
     """70x70 patch discriminator with batch norm: (B, C, H, W) -> ((B, 1, H/8 - 2, W/8 - 2),).
 
     Real and fake images belong in separate calls: each call has its own batch statistics, those of one
-    process.
+    process. The running ones are kept for the published layout alone: nothing reads them.
     """
 
     stride = 8

@@ -136,9 +136,7 @@ def open_model(args: argparse.Namespace) -> tuple[nn.Module, dict]:
     if args.model:
         if metrics.PROTOCOLS[args.protocol].sample:
             raise ValueError(f"--protocol {args.protocol} samples a posterior, --model has none")
-        model = foreign.load_callable(name)
-        model(torch.zeros(1, 3, args.res[0], args.res[0]))            # a wrong output ends here
-        return model, about
+        return foreign.load_callable(name), about
     load = foreign.load_diffusers if args.diffusers else foreign.load_open_litevae
     model, source = load(name)
     about |= {"checkpoint_sha256": source["sha256"], "config": asdict(model.config), "source": source}
@@ -164,7 +162,7 @@ def check_res(res: int, model: nn.Module) -> int:
     if config and res % config.downsample_factor:
         raise ValueError(f"--res {res} is not a multiple of {config.downsample_factor}")
     if config and config.resolution not in (0, res):
-        raise ValueError(f"--res {res}: the ViT of this model takes {config.resolution} only")
+        raise ValueError(f"--res {res}: the ViT of this model takes {config.resolution} alone")
     if res < 16:
         raise ValueError(f"--res {res} is below 16, the least that SSIM can judge")
     return config.in_channels if config else 3
@@ -351,6 +349,9 @@ def main() -> None:
         model, about_model = open_model(args)
         model = model.to(device)
         args.res = args.res or [about_model["training"]["args"]["res"]]
+        if args.model:
+            with torch.no_grad():                                     # a wrong output ends here
+                model(torch.zeros(1, 3, args.res[0], args.res[0], device=device))
         channels = [check_res(res, model) for res in args.res][0]
         source = distributed.from_main(lambda: open_images(args))
         resize = metrics.PROTOCOLS[args.protocol].resize
@@ -378,10 +379,11 @@ def main() -> None:
         print0(f"\n{report.curve_table(results)}")
     if distributed.is_main():
         write_summary(args, results)
-    distributed.cleanup()
     missing = set(args.metrics or ()) & {name for result in results for name in result["unavailable"]}
     if missing:
         print0(f"error: unavailable: {', '.join(sorted(missing))}")
+    distributed.cleanup()
+    if missing:
         sys.exit(3)
 
 

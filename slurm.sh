@@ -18,7 +18,7 @@ stopped=0
 trap 'stopped=1; kill -USR1 "$run"' USR1      # srun forwards it to torchrun, and torchrun to train.py
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="$SLURM_GPUS_ON_NODE" \
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="$SLURM_GPUS_ON_NODE" \
     --rdzv-backend=c10d --rdzv-endpoint="$head:${MASTER_PORT:-29500}" --rdzv-id="$SLURM_JOB_ID" \
     --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout=100 \
     train.py "$@" --resume &

@@ -105,7 +105,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--decoder-attention", action=switch, default=False, help="in the middle of the decoder")
     add("--output", choices=("image", "wavelet"), default="image", help="what the decoder predicts")
     add("--conv1x1", action=switch, default=False, help="1x1 convs around the latent, paper Table 17")
-    add("--freeze-encoder", action=switch, default=False, help="train the decoder alone")
+    add("--freeze-encoder", action=switch, default=False, help="train the decoder alone, from the average")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=cli.positive, default=200_000, help="updates of the autoencoder")
@@ -113,7 +113,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--accumulate", type=cli.positive, default=1, help="micro-batches per step")
     add("--lr", type=cli.amount, default=1e-4, help="Adam with betas (0.5, 0.9); never scaled")
     add("--disc-lr", type=cli.amount, default=1e-4, help="the same for the discriminator")
-    add("--warmup", type=cli.natural, default=1000, help="steps of linear warm-up, both networks (ours)")
+    add("--warmup", type=cli.natural, default=1000, help="steps of linear warm-up, of each network (ours)")
     add("--schedule", choices=("constant", "cosine"), default="constant", help="cosine ends at 0")
     add("--clip", type=cli.amount, default=0.0, help="limit of both gradient norms, 0 = off")
     add("--ema-decay", type=cli.amount, default=0.999, help="of the moving average of weights, 0 = off")
@@ -330,20 +330,16 @@ def mishaps() -> Iterator[None]:
 class Log:
     """Scalars to <out>/log.jsonl and tensorboard, pictures to tensorboard; does nothing off rank 0.
 
-    A run resumed after step `start` writes all later lines again, and validates there first if `validates`:
-    such lines of its first life are taken out, so that the file is the one of a run never interrupted.
+    lines: what a resumed run keeps of the file (see `history`); it writes all later ones again, so that the
+    file is the one of a run never interrupted.
     """
 
-    def __init__(self, folder: Path, start: int, validates: bool) -> None:
+    def __init__(self, folder: Path, lines: list[str], start: int) -> None:
         self.file = self.board = None
         if not distributed.is_main():
             return
         path, temporary = folder / "log.jsonl", folder / "log.tmp"
-        old = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in old if line.endswith("}\n")]           # a crash may cut the last one short
-        again = start - 1 if validates else start
-        stays = [line for line in whole if json.loads(line)["step"] <= (again if '"val_' in line else start)]
-        temporary.write_text("".join(stays))
+        temporary.write_text("".join(lines))
         temporary.replace(path)
         self.file = open(path, "a", buffering=1)          # by line, so that a crash loses none
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
@@ -371,6 +367,26 @@ class Log:
         if self.file:
             self.file.close()
             self.board.close()
+
+
+def history(out: Path, start: int) -> tuple[list[str], bool, float]:
+    """What log.jsonl says up to step `start`: its lines, whether `start` was validated, the best PSNR.
+
+    The log is the record of validations: a checkpoint is saved before its step is validated, so that a crash
+    there costs nothing, and a run that finds no line of its first step validates then.
+    """
+    path = out / "log.jsonl"
+    old = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in old if line.endswith("}\n")]               # a crash may cut the last one short
+    lines = [line for line in whole if json.loads(line)["step"] <= start]
+    validations = [json.loads(line) for line in lines if '"val_psnr"' in line]
+    validated = bool(validations) and validations[-1]["step"] == start
+    return lines, validated, max(map(best_by, validations), default=-math.inf)
+
+
+def best_by(scores: dict[str, float]) -> float:
+    """The PSNR that best.pt goes by: of the averaged weights where there are some."""
+    return scores.get("val_psnr_ema", scores["val_psnr"])
 
 
 # ----------------------------------------------------------------------------
@@ -465,11 +481,17 @@ def resume(state: dict, path: Path, args: argparse.Namespace, nets: dict, optimi
     for name, optimizer in optimizers.items():
         if optimizer:
             optimizer.load_state_dict(state[name])
+            for p, slot in optimizer.state.items():       # fused Adam wants the strides of the parameter
+                slot |= {key: torch.empty_like(p).copy_(t) for key, t in slot.items() if t.shape == p.shape}
 
 
 def init(state: dict, path: Path, args: argparse.Namespace, nets: dict) -> None:
-    """Fill the networks from a checkpoint of an earlier phase, or from a file of averaged weights alone."""
-    weights = {"model": state.get("model") or state["ema"], "ema": state.get("ema") or state["model"]}
+    """Fill the networks from a checkpoint of an earlier phase, or from a file of averaged weights alone.
+
+    With a frozen encoder both go on from the average, so that the latents stay those of the parent.
+    """
+    average = state.get("ema") or state["model"]
+    weights = {"model": average if args.freeze_encoder else state.get("model") or average, "ema": average}
     for name in weights:
         if nets[name]:
             checkpoint.load_weights(nets[name], weights[name], path)
@@ -511,28 +533,27 @@ def no_sync(module: nn.Module, last: bool):
 
 
 @torch.no_grad()
-def validate(step: int, nets: dict, val_loader, broken: set, device, autocast, log: Log) -> float:
-    """PSNR and SSIM of raw and EMA weights over all ranks' images; pictures from rank 0's first batch.
-
-    Returns the PSNR that best.pt goes by: of the EMA weights where there are some.
-    """
+def validate(nets: dict, val_loader, broken: set, device, autocast) -> dict[str, float]:
+    """PSNR and SSIM of raw and EMA weights over the images of all ranks, alike on each."""
     scores = {}
     for suffix, net in (("", nets["model"]), ("_ema", nets["ema"])):
         if net:
             result = metrics.evaluate(net, data.report_broken(val_loader, broken), device, autocast)
             scores[f"val_psnr{suffix}"], scores[f"val_ssim{suffix}"] = result["psnr"], result["ssim"]
-    log.scalars(step, scores)
-    print0(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-    batch = next(iter(val_loader))[0] if distributed.is_main() else ()    # rank 0 has the first image
+    return scores
+
+
+@torch.no_grad()
+def show(step: int, net: nn.Module, val_loader, device, autocast, log: Log) -> None:
+    """Pictures and latents of the first validation images, which rank 0 has."""
+    batch = next(iter(val_loader))[0] if distributed.is_main() else ()
     if len(batch):
-        x = data.to_float(batch[:8].to(device))
-        net = nets["ema"] or nets["model"]
+        x, training = data.to_float(batch[:8].to(device)), net.training
         net.eval()
         with autocast:
             recon, posterior = net(x)
-        net.train()
+        net.train(training)
         log.pictures(step, x, recon.float(), posterior.mean)
-    return scores.get("val_psnr_ema", scores["val_psnr"])
 
 
 # ----------------------------------------------------------------------------
@@ -567,7 +588,7 @@ def main() -> None:
             model.quant_conv.requires_grad_(False)
             if model.quantizer:
                 model.quantizer.requires_grad_(False)
-        ema = copy.deepcopy(model).requires_grad_(False) if args.ema_decay else None
+        ema = copy.deepcopy(model).requires_grad_(False).eval() if args.ema_decay else None
         disc = lecam = None
         if args.disc != "none":
             disc = DISCRIMINATORS[args.disc](args.in_channels, args.res)
@@ -590,10 +611,10 @@ def main() -> None:
             start = state["step"]
         elif how == "init":
             init(state, start_path, args, nets)
-        if start >= args.steps:
+        lines, validated, best = distributed.from_main(lambda: history(out, start))
+        if start > args.steps or start == args.steps and validated:
             print0(f"done: {start_path} has {start} of --steps {args.steps}")
             return distributed.cleanup()
-        best = state["best"] if how == "resume" else -math.inf             # PSNR of best.pt
         about = {"config": asdict(config), "args": vars(args)}
         about |= distributed.from_main(lambda: provenance(how, state, start_path, train_set))
         state = None                                      # the networks have copies
@@ -607,7 +628,7 @@ def main() -> None:
             val_set, args.batch_size, args.num_workers, device, distributed.rank(), world
         )
         out.mkdir(parents=True, exist_ok=True)
-        log = Log(out, start, start % args.eval_every == 0)
+        log = Log(out, lines, start)
 
     global_batch = args.batch_size * args.accumulate * world
     print0(f"parameters: encoder {count_parameters(model.encoder):,}, decoder "
@@ -623,30 +644,38 @@ def main() -> None:
     ema_params, params = list(ema.parameters()) if ema else [], list(model.parameters())
     broken: set[str] = set()                              # files named so far
     train_batches = data.report_broken(train_loader, broken)
-    skipped, stopping, received = 0, False, catch_signals()
+    skipped, stopping, overdue, received = 0, False, False, catch_signals()
     bar = tqdm(range(start, args.steps + 1), initial=start, total=args.steps, dynamic_ncols=True,
                disable=not distributed.is_main())
 
     for step in bar:                                      # one turn more than updates: evaluate, save, stop
-        last = step == args.steps
+        done, last = step + 1, step == args.steps
 
-        # save on rank 0 (weights that gave no finite step are not worth it), evaluate on all ranks
-        due = last or stopping or step % args.save_every == 0 and not skipped
-        if step > start and due and distributed.is_main():
-            state = {"step": step, "best": best, **about}
-            for name, part in {**nets, **optimizers}.items():
-                state[name] = part.state_dict() if part else None
-            checkpoint.save(out, state, args.keep)
-            checkpoint.save_weights(out / "model.pt", state)
+        # save on rank 0; weights that gave no finite step are not worth it, those of the next one are
+        overdue = step > start and (overdue or last or step % args.save_every == 0)
+        if stopping or overdue and (last or not skipped):
+            if distributed.is_main():
+                state = {"step": step, **about}
+                for name, part in {**nets, **optimizers}.items():
+                    state[name] = part.state_dict() if part else None
+                checkpoint.save(out, state, args.keep)
+                checkpoint.save_weights(out / "model.pt", state)
+            overdue = False
         if stopping:
             break
-        if step > 0 and (last or step % args.eval_every == 0):     # a resumed run does it again, see Log
-            score = validate(step, nets, val_loader, broken, device, autocast, log)
-            if score > best and distributed.is_main():
-                best = score
-                state = {"step": step, **about, "val_psnr": best, "model": model.state_dict(),
-                         "ema": ema.state_dict() if ema else None}
-                checkpoint.save_weights(out / "best.pt", state)
+
+        # evaluate on all ranks; the line is written last, as a resumed run goes by it
+        if step > 0 and (last or step % args.eval_every == 0) and (step > start or not validated):
+            scores = validate(nets, val_loader, broken, device, autocast)
+            show(step, ema or model, val_loader, device, autocast, log)
+            if best_by(scores) > best:
+                best = best_by(scores)
+                if distributed.is_main():
+                    state = {"step": step, **about, "val_psnr": best, "model": model.state_dict(),
+                             "ema": ema.state_dict() if ema else None}
+                    checkpoint.save_weights(out / "best.pt", state)
+            log.scalars(step, scores)
+            print0(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
         if last:
             break
 
@@ -663,7 +692,8 @@ def main() -> None:
             positions = noise[:, 0].numel()
             slots = quantize.revival_slots(positions, config.codebook_size, seeded(args.seed, step, REVIVAL))
             slots, table = slots.view_as(noise[:, 0]), 0  # table: what the codebook will know of this step
-        log_now = (step + 1) % args.log_every == 0 or step + 1 == args.steps
+        # alternating, the step after it is logged too: one of each kind
+        log_now = done % args.log_every in (0, int(args.alternate)) or done == args.steps
         logged: dict[str, Tensor] = {}                    # means over micro-batches, on the device
         pairs = []                                        # (x, recon) per micro-batch, for the discriminator
 
@@ -696,9 +726,12 @@ def main() -> None:
                         parts["kl"] = losses.kl_loss(*posterior)
                         parts["loss"] = rec + args.kl_weight * parts["kl"]
                     if adversarial and update_model:
-                        parts["adv"] = losses.adv_loss(args.disc_loss, fast_disc(recon))
+                        compare = args.adaptive_weight or log_now         # paper Fig. 7 shows both
+                        # compiled, a network cannot be gone back through twice
+                        judge = disc if compare else fast_disc
+                        parts["adv"] = losses.adv_loss(args.disc_loss, judge(recon))
                         weight = torch.tensor(args.disc_weight, device=device)
-                        if args.adaptive_weight or log_now:       # paper Fig. 7 shows what it would be
+                        if compare:
                             grads = [losses.last_layer_gradient(part, recon, features, model.decoder)
                                      for part in (rec, parts["adv"])]
                             adaptive = weight * losses.adaptive_weight(*map(distributed.mean, grads))
@@ -716,7 +749,9 @@ def main() -> None:
 
         # 2. gradients of the discriminator: its loss on the same x and recon
         if train_disc:
-            opt_disc.param_groups[0]["lr"] = args.disc_lr * factor
+            since = args.disc_start                       # it has a warm-up of its own
+            disc_factor = lr_factor(step - since, args.warmup, args.schedule, args.steps - since)
+            opt_disc.param_groups[0]["lr"] = args.disc_lr * disc_factor
             disc.requires_grad_(True)
             update_spectral_norm(disc)
             lecam_means = []
@@ -764,13 +799,14 @@ def main() -> None:
                            model.quantizer.update(distributed.sum_(table)).items()}
             if ema and update_model:
                 # a new phase inherits an average; a random start is better forgotten
-                decay = args.ema_decay if args.init else ema_decay(step, args.ema_decay)
+                decay = args.ema_decay if about["parent"] else ema_decay(step, args.ema_decay)
                 get_ema_multi_avg_fn(decay)(ema_params, params, step)
+                for average, buffer in zip(ema.buffers(), model.buffers(), strict=True):
+                    average.copy_(buffer)                 # a codebook's counts
         for optimizer in filter(None, optimizers.values()):
             optimizer.zero_grad(set_to_none=True)
 
         # log
-        done = step + 1
         if bad:
             log.line(done, {"skipped": bad})
             print0(f"step {done} skipped, not finite: {', '.join(bad)}")

@@ -29,7 +29,7 @@ import train
 # 12 steps with everything that has a state, saved after each second, validated after each third
 FLAGS = (f"--data synthetic {SMALL} --res 64 --disc unet-s --cutmix 0.5 --steps 12 --batch-size 1 --lr 1e-3 "
          "--disc-lr 0.01 --rescale 1 1.5 --save-every 2 --eval-every 3 --val-count 1 --keep 2")
-PARTS = ("step", "best", "model", "ema", "disc", "opt", "opt_disc")
+PARTS = ("step", "model", "ema", "disc", "opt", "opt_disc")
 
 
 def start(folder: Path, flags: str, prepare: Callable[[], None] = lambda: None) -> int:
@@ -127,6 +127,7 @@ MOMENTS = {  # a save is ckpt-<step>.pt, its second name ckpt.pt, model.pt; a va
     "the log is being cut": dies(Path, "replace", 1),
     "backward": dies(torch.Tensor, "backward", 5),
     "validation": dies(train.metrics, "evaluate", 3),
+    "the last validation": dies(train.metrics, "evaluate", 8),
     "best.pt": dies(checkpoint, "save_weights", 2),
 }
 FAST = [*MOMENTS][:3]

@@ -65,10 +65,10 @@ def test_wavelet(train_run, base):
 def test_vit_is_bound_to_its_size(tmp_path, train_run, refused, capsys):
     """A ViT at another --res is refused in one line by eval.py, and by train.py as a new phase."""
     run = train_run("--aggregator vit --steps 1")
-    call("eval", tmp_path, "run/ckpt.pt --data synthetic --limit 1 --num-workers 0 --device cpu")
+    call("eval", tmp_path, "run/ckpt.pt --data synthetic --limit 1 --num-workers 0 --metrics psnr")
     capsys.readouterr()
     line = refused("eval", "run/ckpt.pt --data synthetic --limit 1 --res 64")
-    assert "--res 64: the ViT of run/ckpt.pt takes 32 alone" in line
+    assert "--res 64: the ViT of this model takes 32 alone" in line
     line = refused("train", f"{SMALL} --data synthetic --aggregator vit --res 64 --out b --init run/ckpt.pt")
     assert "resolution=32, the flags ask for 64" in line and run.folder.exists()
 

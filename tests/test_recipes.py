@@ -346,7 +346,7 @@ def test_recipe_trains(name, place, files, thin):
     assert (state["ema"] is None) == (args.ema_decay == 0)
     assert (state["parent"] is None) == (args.init is None)
     call("eval", place, f"{run.folder}/ckpt.pt --data synthetic --limit 1 --num-workers 0 --device cpu "
-                        f"--json {place}/scores.json")
+                        f"--metrics psnr --json {place}/scores.json")
     scores = json.loads((place / "scores.json").read_text())
     assert scores["n"] == 1 and scores["res"] == 64 and math.isfinite(scores["psnr"])
 
