@@ -85,10 +85,11 @@ def first_phase(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe(name):
+def test_recipe(name, capsys):
     """It parses without a note, its flags go together, its comment has source, numbers, weights, command."""
     args, head = parse(name), comment(name)
     train.check_flags(args, train.build_config(args))
+    assert capsys.readouterr().out == ""
     if args.disc != "none":
         with torch.device("meta"):
             check_size(DISCRIMINATORS[args.disc](args.in_channels, args.res), args.res, args.res)
