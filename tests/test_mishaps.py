@@ -212,7 +212,7 @@ def test_full_disk(straight, tmp_path):
     assert run(tmp_path, f"{FLAGS} --resume", small_disk) == 1
     lines = output(tmp_path).splitlines()
     assert [line for line in lines if "error" in line] == [
-        "[rank 0] error: cannot write run/best.pt: [Errno 27] File too large; "
+        "[rank 0] error: cannot write run/ckpt-00000008.pt: [Errno 27] File too large; "
         "go on from the last checkpoint with --resume"]
     assert "Traceback" not in output(tmp_path)
     assert {path.name for path in (tmp_path / "run").glob("*.pt")} == before
