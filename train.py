@@ -223,7 +223,10 @@ def check_flags(args: argparse.Namespace, config: AutoencoderConfig) -> None:
 def check_idle_flags(args: argparse.Namespace) -> None:
     """ValueError on a flag that asks for what nothing would do; a note on settings of a part that is off."""
     defaults = parse_args([])
-    given = lambda name: getattr(args, name) != getattr(defaults, name)  # noqa: E731
+
+    def given(name: str) -> bool:
+        return getattr(args, name) != getattr(defaults, name)
+
     idle = {
         "scale": args.encoder in ONE_SIZE and f"--encoder {args.encoder} has one size",
         "kl_weight": args.codebook_size and "a codebook has no KL, its weight is --vq-weight",
