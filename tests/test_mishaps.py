@@ -514,7 +514,7 @@ def test_two_nodes(tmp_path):
 def test_slurm_script(tmp_path):
     """With stand-ins for Slurm's commands: USR1 saves and requeues, and the next job goes on to the end."""
     commands = {
-        "srun": 'exec "$@"',
+        "srun": '[ "$1" = --cpus-per-task=3 ] && shift && exec "$@"',
         "scontrol": 'echo "$@" >> scontrol.txt; [ "$1" = requeue ] || echo 127.0.0.1',
         "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
     }
@@ -525,7 +525,7 @@ def test_slurm_script(tmp_path):
     env = os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "SLURM_JOB_NODELIST": "here",
         "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": "7", "PYTHONPATH": str(ROOT),
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": str(free_port()), "SLURM_CPUS_PER_TASK": "3",
     }  # fmt: skip
     command = ["bash", str(ROOT / "slurm.sh"), *f"{FLAGS} --steps 20 --save-every 99 --eval-every 99".split()]
     job = subprocess.Popen(command, cwd=tmp_path, env=env)

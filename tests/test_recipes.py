@@ -297,12 +297,16 @@ def thin(monkeypatch):
         monkeypatch.setitem(train.DISCRIMINATORS, name, build_disc)
 
 
-def small_run(place: Path, words: list[str], extra: str, files: str, lpips: bool = False) -> Run:
-    """train.py with these words and then TINY; LPIPS if asked for, or if its weight is not the default 1."""
+def small_run(place: Path, words: list[str], extra: str, files: str, lpips: bool = False, to: str = ""
+              ) -> Run:
+    """train.py with these words and then TINY; LPIPS if asked for, or if its weight is not the default 1.
+
+    `to` is appended to --out, where another run of the same words may have made a parent.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         args = train.parse_args(words)
-        out = train.parse_args([*words, *extra.split()]).out
+        out = train.parse_args([*words, *extra.split()]).out + to
     off = "" if lpips or args.lpips_weight not in (0, 1) else "--lpips-weight 0"
     call("train", place, f"{' '.join(words)} {TINY} {off} {files} {extra} --out {out}")
     return Run(place / out)
@@ -327,8 +331,8 @@ def test_recipe_trains(name, place, files, thin):
     """Three steps in which all that the recipe names takes part, a fourth after a resume, and eval.py."""
     args, words = parse(name), [f"@recipes/{name}.args"]
     make_parent(name, place, files)
-    first = small_run(place, words, "--steps 3", files).state()
-    run = small_run(place, words, "--steps 4 --resume", files)
+    first = small_run(place, words, "--steps 3", files, to="-tested").state()
+    run = small_run(place, words, "--steps 4 --resume", files, to="-tested")
     state, steps = run.state(), run.steps
     assert (first["step"], state["step"], len(steps)) == (3, 4, 4)
     assert all(math.isfinite(value) for line in run.lines for value in line.values())
