@@ -276,7 +276,8 @@ TWO = ("--standalone", "--nproc_per_node=2")
 
 def launch(folder: Path, flags: str, *options: str) -> subprocess.Popen:
     """torchrun with these options, not waited for; flags begin with the script."""
-    command = [sys.executable, "-m", "torch.distributed.run", *options, *f"{ROOT}/{flags}".split()]
+    script, *rest = flags.split()
+    command = [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / script), *rest]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             text=True)
@@ -332,7 +333,7 @@ def test_nan_on_one_rank_is_skipped_on_both(tmp_path):
     """The third step of rank 1 is NaN: nothing moves on either rank, all is finite, and the run goes on."""
     (tmp_path / "inject.py").write_text(INJECT.format(root=str(ROOT), steps=[2]))
     flags = f"{FLAGS} --steps 5 --save-every 1 --keep 9 --eval-every 99"
-    process = launch(tmp_path, f"../../{tmp_path}/inject.py {flags}", *TWO)
+    process = launch(tmp_path, f"{tmp_path}/inject.py {flags}", *TWO)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert said.count("step 3 skipped, not finite: l1, loss, adaptive_weight, grad_norm") == 1
