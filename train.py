@@ -108,7 +108,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--freeze-encoder", action=switch, default=False, help="train the decoder alone, from the average")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--steps", type=cli.positive, default=200_000, help="updates of the autoencoder")
+    add("--steps", type=cli.positive, default=200_000, help="each updates both networks, or one in turn")
     add("--batch-size", type=cli.positive, default=4, help="images per process and micro-batch")
     add("--accumulate", type=cli.positive, default=1, help="micro-batches per step")
     add("--lr", type=cli.amount, default=1e-4, help="Adam with betas (0.5, 0.9); never scaled")

@@ -127,7 +127,7 @@ def disc_gradients(run: Run, steps: int) -> list[Tensor]:
     """The discriminator's gradient of each step, out of Adam's mean m <- m / 2 + g / 2."""
     slots = [after(run, step)["opt_disc"]["state"].values() for step in range(1, steps + 1)]
     means = [torch.cat([slot["exp_avg"].double().flatten() for slot in step]) for step in slots]
-    return [2 * new - old for old, new in zip([torch.zeros_like(means[0]), *means], means, strict=False)]
+    return [2 * new - old for old, new in zip([torch.zeros_like(means[0]), *means[:-1]], means, strict=True)]
 
 
 def test_r1(train_run):
