@@ -1,7 +1,7 @@
 """Checkpoints: one dict of plain types and tensors, written so that a crash never leaves half a file.
 
     step, config (model.AutoencoderConfig as a dict), args (the flags), versions, git, data, parent,
-    model, ema, disc, lecam, opt, opt_disc
+    model, ema, disc, lecam, opt, opt_muon, opt_disc
 
 `torch.load(path, weights_only=True)` reads it. `load_model` rebuilds the network from the config inside, so
 nobody repeats architecture flags. A file for inference has the first line and ema (or model) alone.
@@ -40,7 +40,7 @@ def save(folder: Path, state: dict, keep: int) -> None:
 
 def save_weights(path: Path, state: dict) -> None:
     """The small file for inference: the averaged weights (the others where there is no average) alone."""
-    parts = ("model", "ema", "disc", "lecam", "opt", "opt_disc")
+    parts = ("model", "ema", "disc", "lecam", "opt", "opt_muon", "opt_disc")
     about = {name: value for name, value in state.items() if name not in parts}
     weights = "model" if state["ema"] is None else "ema"
     write(path, about | {weights: state[weights]})

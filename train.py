@@ -45,6 +45,8 @@ from discriminators import DISCRIMINATORS, check_size, update_spectral_norm
 from distributed import print0
 from losses import DEFAULT_WEIGHTS as W
 from model import SCALES, Autoencoder, AutoencoderConfig, count_parameters, scale_config
+from muon import Muon, split_parameters
+from runtime.watch import Watch
 from wavelets import FILTERS
 
 # ----------------------------------------------------------------------------
@@ -111,7 +113,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=cli.positive, default=200_000, help="each updates both networks, or one in turn")
     add("--batch-size", type=cli.positive, default=4, help="images per process and micro-batch")
     add("--accumulate", type=cli.positive, default=1, help="micro-batches per step")
-    add("--lr", type=cli.amount, default=1e-4, help="Adam with betas (0.5, 0.9); never scaled")
+    add("--optimizer", choices=("adam", "muon"), default="adam",
+        help="of the autoencoder; muon: Adam for all but the inner convolutions")
+    add("--lr", type=cli.amount, default=1e-4, help="Adam with betas (0.5, 0.9), and Muon; never scaled")
     add("--disc-lr", type=cli.amount, default=1e-4, help="the same for the discriminator")
     add("--warmup", type=cli.natural, default=1000, help="steps of linear warm-up, of each network (ours)")
     add("--schedule", choices=("constant", "cosine"), default="constant", help="cosine ends at 0")
@@ -364,7 +368,8 @@ class Log:
             grid = torchvision.utils.make_grid(triples / 2 + 0.5, nrow=3)
             self.board.add_image("input, reconstruction, difference", grid, step)
             for channel, values in enumerate(latents.transpose(0, 1)):
-                self.board.add_histogram(f"latent/{channel}", values, step)
+                if values.isfinite().all():               # a run that blew up has none to draw
+                    self.board.add_histogram(f"latent/{channel}", values, step)
 
     def close(self) -> None:
         if self.file:
@@ -466,8 +471,8 @@ def find_start(args: argparse.Namespace, out: Path) -> tuple[str, Path | None]:
 
 def resume(state: dict, path: Path, args: argparse.Namespace, nets: dict, optimizers: dict) -> None:
     """Fill everything from a checkpoint of the same run; flags that do not change the networks may differ."""
-    for name in ("disc", "freeze_encoder"):
-        saved, wanted = state["args"][name], getattr(args, name)
+    for name in ("disc", "freeze_encoder", "optimizer"):
+        saved, wanted = state["args"].get(name, "adam"), getattr(args, name)
         if saved != wanted:
             raise ValueError(f"{path} was trained with {name}={saved}, the flags ask for {wanted}")
     if "opt" not in state:
@@ -535,6 +540,13 @@ def no_sync(module: nn.Module, last: bool):
     return module.no_sync() if isinstance(module, DDP) and not last else nullcontext()
 
 
+class Grey(nn.Module):
+    """Reconstructs every image as mid-grey: what any autoencoder has to beat."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return torch.zeros_like(x), None
+
+
 @torch.no_grad()
 def validate(nets: dict, val_loader, broken: set, device, autocast) -> dict[str, float]:
     """PSNR and SSIM of raw and EMA weights over the images of all ranks, alike on each."""
@@ -598,10 +610,12 @@ def main() -> None:
             disc = disc.to(device, memory_format=memory_format)
             check_size(disc, args.res, args.res)
             lecam = regularisers.LeCam(disc.heads).to(device) if args.lecam else None
-        opt = adam(trainable(model), args.lr)
+        matrices, others = split_parameters(model) if args.optimizer == "muon" else ([], trainable(model))
+        opt = adam(others, args.lr)
+        opt_muon = Muon(matrices, args.lr) if matrices else None
         opt_disc = adam(trainable(disc), args.disc_lr) if disc else None
         nets = {"model": model, "ema": ema, "disc": disc, "lecam": lecam}
-        optimizers = {"opt": opt, "opt_disc": opt_disc}
+        optimizers = {"opt": opt, "opt_muon": opt_muon, "opt_disc": opt_disc}
 
         # what is there already
         state, start = None, 0
@@ -648,6 +662,7 @@ def main() -> None:
     broken: set[str] = set()                              # files named so far
     train_batches = data.report_broken(train_loader, broken)
     skipped, stopping, overdue, received = 0, False, False, catch_signals()
+    watch, grey = Watch(print0), None
     bar = tqdm(range(start, args.steps + 1), initial=start, total=args.steps, dynamic_ncols=True,
                disable=not distributed.is_main())
 
@@ -677,6 +692,10 @@ def main() -> None:
                     state = {"step": step, **about, "val_psnr": best, "model": model.state_dict(),
                              "ema": ema.state_dict() if ema else None}
                     checkpoint.save_weights(out / "best.pt", state)
+            if grey is None:
+                shown = data.report_broken(val_loader, broken)
+                grey = metrics.evaluate(Grey(), shown, device)["psnr"]
+            watch.validation(step, scores["val_psnr"], grey)
             log.scalars(step, scores)
             print0(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
         if last:
@@ -684,7 +703,8 @@ def main() -> None:
 
         # what this step is: learning rates, who trains, and its noise, as pure functions of the step
         factor = lr_factor(step, args.warmup, args.schedule, args.steps)
-        opt.param_groups[0]["lr"] = args.lr * factor
+        for optimizer in filter(None, (opt, opt_muon)):
+            optimizer.param_groups[0]["lr"] = args.lr * factor
         train_disc = disc is not None and step >= args.disc_start
         adversarial = train_disc and step >= args.disc_start + args.disc_warmup
         # alternating, only one of the two is updated
@@ -793,6 +813,8 @@ def main() -> None:
         if not bad:
             if update_model:
                 opt.step()
+                if opt_muon:
+                    opt_muon.step()
             if train_disc:
                 opt_disc.step()
                 if lecam:
@@ -810,6 +832,8 @@ def main() -> None:
             optimizer.zero_grad(set_to_none=True)
 
         # log
+        if update_model and not bad:
+            watch.gradient(done, values["grad_norm"])
         if bad:
             log.line(done, {"skipped": bad})
             print0(f"step {done} skipped, not finite: {', '.join(bad)}")

@@ -109,6 +109,18 @@ def torchrun(folder: Path, flags: str, **env: str) -> subprocess.CompletedProces
     return subprocess.run(command, cwd=folder, env=os.environ | env, capture_output=True, text=True)
 
 
+def crash(monkeypatch, step: int):
+    """The next run dies at the beginning of this step."""
+    real = importlib.import_module("train").lr_factor
+
+    def lr_factor(now, *rest):
+        if now == step:
+            raise KeyboardInterrupt
+        return real(now, *rest)
+
+    monkeypatch.setattr("train.lr_factor", lr_factor)
+
+
 def equal(a, b) -> bool:
     """Bit for bit, through dicts and lists."""
     if isinstance(a, dict):

@@ -51,7 +51,7 @@ def test_checkpoint_of_a_run_is_plain(parent):
     state = parent.state()
     assert plain(state) and not plain({"a": [Path("x")]}) and not plain(torch.__version__)
     about = {"step", "config", "args", "versions", "git", "data", "parent"}
-    assert set(state) == about | {"model", "ema", "disc", "lecam", "opt", "opt_disc"}
+    assert set(state) == about | {"model", "ema", "disc", "lecam", "opt", "opt_muon", "opt_disc"}
     assert set(parent.state("model.pt")) == about | {"ema"}
     assert set(parent.state("best.pt")) == about | {"ema", "val_psnr"}
     assert state["step"] == state["args"]["steps"] == 2 and state["args"]["scale"] == "S"

@@ -30,10 +30,11 @@ GRAPH = {
     "fid": {"distributed"},
     "metrics": {"distributed", "fid"},
     "report": set(),
+    "muon": {"distributed"},
     "checkpoint": {"model"},
     "foreign": {"model"},
     "train": {"checkpoint", "cli", "data", "discriminators", "distributed", "losses", "metrics", "model",
-              "optional_losses", "quantize", "regularisers", "wavelets"},
+              "muon", "optional_losses", "quantize", "regularisers", "wavelets"},
     "eval": {"checkpoint", "cli", "data", "distributed", "fid", "foreign", "metrics", "model", "report",
              "weights"},
 }

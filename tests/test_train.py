@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, Run, call, equal, torchrun, train_in, write_images
+from conftest import SMALL, Run, call, crash, equal, torchrun, train_in, write_images
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -298,16 +298,6 @@ def test_broken_file_is_named_and_replaced(train_run, tmp_path, capsys):
 
 
 # ---- resume, init ------------------------------------------------------------------------------------------
-
-
-def crash(monkeypatch, step: int):
-    """The next run dies at the beginning of this step."""
-    def lr_factor(now, *rest, real=train.lr_factor):
-        if now == step:
-            raise KeyboardInterrupt
-        return real(now, *rest)
-
-    monkeypatch.setattr(train, "lr_factor", lr_factor)
 
 
 @pytest.mark.parametrize("flags", [STORY, "--disc patch --steps 5 --batch-size 1"], ids=["unet", "patch"])
