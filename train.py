@@ -115,7 +115,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--accumulate", type=cli.positive, default=1, help="micro-batches per step")
     add("--optimizer", choices=("adam", "muon"), default="adam",
         help="of the autoencoder; muon: Adam for all but the inner convolutions")
-    add("--lr", type=cli.amount, default=1e-4, help="Adam with betas (0.5, 0.9), and Muon; never scaled")
+    add("--lr", type=cli.amount, default=1e-4, help="Adam with betas (0.5, 0.9), and Muon")
+    add("--lr-scaling", choices=("fan-in", "none"),
+        help="Adam's rate of the autoencoder's wide convolutions: divided by inputs / 288, or --lr as it is "
+             "(default: fan-in with --decoder-norm smc, else none)")
     add("--disc-lr", type=cli.amount, default=1e-4, help="the same for the discriminator")
     add("--warmup", type=cli.natural, default=1000, help="steps of linear warm-up, of each network (ours)")
     add("--schedule", choices=("constant", "cosine"), default="constant", help="cosine ends at 0")
@@ -166,6 +169,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     name = args.encoder if args.encoder in ONE_SIZE else f"{args.encoder}-{args.scale.lower()}"
     args.out = args.out or f"out/{name}-{args.res}"
+    args.lr_scaling = args.lr_scaling or ("fan-in" if args.decoder_norm == "smc" else "none")
     return args
 
 
@@ -469,10 +473,13 @@ def find_start(args: argparse.Namespace, out: Path) -> tuple[str, Path | None]:
     return ("init", Path(args.init)) if args.init else ("", None)
 
 
+BEFORE = {"optimizer": "adam", "lr_scaling": "none"}      # what runs older than these flags did
+
+
 def resume(state: dict, path: Path, args: argparse.Namespace, nets: dict, optimizers: dict) -> None:
     """Fill everything from a checkpoint of the same run; flags that do not change the networks may differ."""
-    for name in ("disc", "freeze_encoder", "optimizer"):
-        saved, wanted = state["args"].get(name, "adam"), getattr(args, name)
+    for name in ("disc", "freeze_encoder", "optimizer", "lr_scaling"):
+        saved, wanted = (BEFORE | state["args"])[name], getattr(args, name)
         if saved != wanted:
             raise ValueError(f"{path} was trained with {name}={saved}, the flags ask for {wanted}")
     if "opt" not in state:
@@ -522,8 +529,29 @@ def provenance(how: str, state: dict | None, path: Path | None, train_set: data.
             "parent": parent}
 
 
-def adam(params: list[nn.Parameter], lr: float) -> torch.optim.Adam:
-    return torch.optim.Adam(params, lr=lr, betas=(0.5, 0.9), fused=params[0].device.type in ("cuda", "cpu"))
+def adam(params: list[nn.Parameter], scaling: str = "none") -> torch.optim.Adam:
+    """The paper's Adam. Each group carries `scale`, its learning rate relative to the flag's."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for p in params:
+        groups.setdefault(rate_scale(p) if scaling == "fan-in" else 1.0, []).append(p)
+    return torch.optim.Adam([dict(params=group, scale=scale) for scale, group in groups.items()],
+                            betas=(0.5, 0.9), fused=params[0].device.type in ("cuda", "cpu"))
+
+
+def rate_scale(p: nn.Parameter) -> float:
+    """min(1, 288 / inputs of an output): 1 for vectors and up to 32 channels, 1/16 for a 3x3 conv of 512.
+
+    differs from the paper: it has one rate for all. Adam moves each weight by about the rate. Early in
+    training these moves agree, so an output moves by the rate times its number of inputs: at 1e-4 one step
+    changes the image of the self-modulated decoder by several times its own size (docs/training.md). The
+    theory of wide networks divides by the number of inputs (Yang et al. 2022, arXiv 2203.03466, Table 3).
+    """
+    return min(1.0, 288 / p[0].numel()) if p.ndim > 1 else 1.0
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("scale", 1.0)
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:
@@ -611,9 +639,9 @@ def main() -> None:
             check_size(disc, args.res, args.res)
             lecam = regularisers.LeCam(disc.heads).to(device) if args.lecam else None
         matrices, others = split_parameters(model) if args.optimizer == "muon" else ([], trainable(model))
-        opt = adam(others, args.lr)
+        opt = adam(others, args.lr_scaling)
         opt_muon = Muon(matrices, args.lr) if matrices else None
-        opt_disc = adam(trainable(disc), args.disc_lr) if disc else None
+        opt_disc = adam(trainable(disc)) if disc else None
         nets = {"model": model, "ema": ema, "disc": disc, "lecam": lecam}
         optimizers = {"opt": opt, "opt_muon": opt_muon, "opt_disc": opt_disc}
 
@@ -704,7 +732,7 @@ def main() -> None:
         # what this step is: learning rates, who trains, and its noise, as pure functions of the step
         factor = lr_factor(step, args.warmup, args.schedule, args.steps)
         for optimizer in filter(None, (opt, opt_muon)):
-            optimizer.param_groups[0]["lr"] = args.lr * factor
+            set_rate(optimizer, args.lr * factor)
         train_disc = disc is not None and step >= args.disc_start
         adversarial = train_disc and step >= args.disc_start + args.disc_warmup
         # alternating, only one of the two is updated
@@ -774,7 +802,7 @@ def main() -> None:
         if train_disc:
             since = args.disc_start                       # it has a warm-up of its own
             disc_factor = lr_factor(step - since, args.warmup, args.schedule, args.steps - since)
-            opt_disc.param_groups[0]["lr"] = args.disc_lr * disc_factor
+            set_rate(opt_disc, args.disc_lr * disc_factor)
             disc.requires_grad_(True)
             update_spectral_norm(disc)
             lecam_means = []

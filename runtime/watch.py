@@ -8,7 +8,7 @@ from collections.abc import Callable
 from statistics import median
 
 WINDOW = 500    # steps whose gradient norms make the median
-ENOUGH = 50     # norms before there is a median to compare with
+ENOUGH = 50     # steps before a run is judged
 RATIO = 10      # times the median
 PATIENCE = 20   # steps in a row
 DROP = 3.0      # dB below the best validation
@@ -38,6 +38,8 @@ class Watch:
 
     def validation(self, step: int, psnr: float, grey: float) -> None:
         """A validation: PSNR of the raw weights, and that of a grey image, in dB."""
+        if step < ENOUGH:
+            return
         if psnr < grey:
             self.tell("grey", step, f"the validation PSNR, {psnr:.2f} dB, is below that of a grey image, "
                                     f"{grey:.2f} dB")

@@ -116,8 +116,8 @@ def watch(monkeypatch):
         seen.nets.append(module)
         return wrap(module)
 
-    def spy_adam(params, lr):
-        optimizer = adam(params, lr)
+    def spy_adam(*args):
+        optimizer = adam(*args)
         optimizer.register_step_pre_hook(lambda *_: seen.look(optimizer))
         seen.optimizers.append(optimizer)
         return optimizer
@@ -180,7 +180,7 @@ def test_fault_13_clip(train_run, watch):
     """--clip limits both gradient norms, and the log has the norms from before."""
     norms = []
     watch.look = lambda optimizer: norms.append(
-        nn.utils.get_total_norm([p.grad for p in optimizer.param_groups[0]["params"]]).item())
+        nn.utils.get_total_norm([p.grad for group in optimizer.param_groups for p in group["params"]]).item())
     line = train_run("--disc patch --steps 1 --clip 0.01").steps[0]
     assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
     assert line["grad_norm"] > 0.1 and line["disc_grad_norm"] > 0.1
@@ -253,6 +253,43 @@ def test_learning_rates_of_a_run(train_run, watch):
     run = train_run(f"{flags} --steps 3 --batch-size 1")
     assert rates == pytest.approx([0.5e-3, 2e-3, 1e-3, 4e-3, 0.5e-3, 2e-3])
     assert [line["lr"] for line in run.steps] == pytest.approx([0.5e-3, 1e-3, 0.5e-3])
+
+
+def test_rate_scale():
+    """1 for vectors and up to 288 inputs, 32 channels of a 3x3 convolution; then 288 over the inputs."""
+    shapes = {(512,): 1, (): 1, (64, 32, 3, 3): 1, (9, 288): 1, (24, 64, 3, 3): 1 / 2, (8, 512, 3, 3): 1 / 16}
+    for shape, scale in shapes.items():
+        assert train.rate_scale(nn.Parameter(torch.zeros(shape))) == scale
+
+
+@pytest.mark.parametrize("flags, scaled", [("", True), ("--lr-scaling none", False),
+                                           ("--decoder-norm group", False),
+                                           ("--decoder-norm group --lr-scaling fan-in", True)])
+def test_lr_scaling(train_run, watch, flags, scaled):
+    """Each parameter of the autoencoder steps at --lr times its scale, by default in self-modulated ones."""
+    rates = {}
+    watch.look = lambda optimizer: rates.update(
+        (tuple(p.shape), group["lr"]) for group in optimizer.param_groups for p in group["params"])
+    train_run(f"--lr 1e-3 --steps 1 {flags}")
+    wide = {shape: rate for shape, rate in rates.items() if len(shape) > 1 and math.prod(shape[1:]) > 288}
+    assert len(wide) > 2 and len(rates) > 2 * len(wide)
+    for shape, rate in rates.items():
+        inputs = math.prod(shape[1:]) if scaled and len(shape) > 1 else 0
+        assert rate == pytest.approx(1e-3 * 288 / max(288, inputs))
+
+
+def test_older_runs_go_on_as_they_began(train_run, base, tmp_path, refused, capsys):
+    """A checkpoint from before --optimizer and --lr-scaling resumes with Adam at one rate, and only so."""
+    run = train_run("--lr-scaling none --steps 2")
+    state = torch.load(run.folder / "ckpt.pt", weights_only=True)
+    del state["args"]["optimizer"], state["args"]["lr_scaling"], state["opt_muon"]
+    for group in state["opt"]["param_groups"]:
+        del group["scale"]
+    torch.save(state, run.folder / "ckpt.pt")
+    capsys.readouterr()
+    line = refused("train", f"--data synthetic {SMALL} --steps 3 --resume")
+    assert "was trained with lr_scaling=none, the flags ask for fan-in" in line
+    assert train_run("--lr-scaling none --steps 3 --resume").steps[-1]["step"] == 3
 
 
 def test_tensorboard(parent):
