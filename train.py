@@ -45,7 +45,7 @@ from discriminators import DISCRIMINATORS, check_size, update_spectral_norm
 from distributed import print0
 from losses import DEFAULT_WEIGHTS as W
 from model import SCALES, Autoencoder, AutoencoderConfig, count_parameters, scale_config
-from muon import Muon, split_parameters
+from optimizers import Muon, adam, set_rate, split_parameters
 from runtime.watch import Watch
 from wavelets import FILTERS
 
@@ -527,31 +527,6 @@ def provenance(how: str, state: dict | None, path: Path | None, train_set: data.
     versions = {"torch": str(torch.__version__), "numpy": np.__version__}
     return {"versions": versions, "git": checkpoint.git_hash(), "data": data.summary(train_set.source),
             "parent": parent}
-
-
-def adam(params: list[nn.Parameter], scaling: str = "none") -> torch.optim.Adam:
-    """The paper's Adam. Each group carries `scale`, its learning rate relative to the flag's."""
-    groups: dict[float, list[nn.Parameter]] = {}
-    for p in params:
-        groups.setdefault(rate_scale(p) if scaling == "fan-in" else 1.0, []).append(p)
-    return torch.optim.Adam([dict(params=group, scale=scale) for scale, group in groups.items()],
-                            betas=(0.5, 0.9), fused=params[0].device.type in ("cuda", "cpu"))
-
-
-def rate_scale(p: nn.Parameter) -> float:
-    """min(1, 288 / inputs of an output): 1 for vectors and up to 32 channels, 1/16 for a 3x3 conv of 512.
-
-    differs from the paper: it has one rate for all. Adam moves each weight by about the rate. Early in
-    training these moves agree, so an output moves by the rate times its number of inputs: at 1e-4 one step
-    changes the image of the self-modulated decoder by several times its own size (docs/training.md). The
-    theory of wide networks divides by the number of inputs (Yang et al. 2022, arXiv 2203.03466, Table 3).
-    """
-    return min(1.0, 288 / p[0].numel()) if p.ndim > 1 else 1.0
-
-
-def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("scale", 1.0)
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:

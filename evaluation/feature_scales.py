@@ -2,60 +2,100 @@
 
     python -m evaluation.feature_scales out/litevae-b-64/ckpt.pt --raw --data PHOTOS --res 64
 
-Each row is a ResBlock, an upsampling or an edge convolution. `feature` is the rms of its output, `largest`
-the rms of its largest channel divided by that, `branch` the rms of the residual branch divided by that of the
-skip, and `gradient` the rms of dL/d(output) divided by that of dL/d(recon), with L the L1 loss.
+Each row is a ResBlock, an upsampling or an edge convolution.
+
+    feature   rms of its output
+    largest   rms of its largest channel / feature
+    branch    rms of the residual branch / rms of the skip
+    gradient  rms of dL/d(output) / rms of dL/d(recon), with L the L1 loss
+    step      rms of the change of the image / rms of the image, if this layer alone takes Adam's first step
+              at 1e-4 (the rate times the sign of the gradient)
+    scaled    the same with --lr-scaling fan-in
 """
 
 import argparse
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import data
 from blocks import ResBlock, Upsample
 from checkpoint import load_model
 from losses import l1_loss
 from model import Autoencoder, scale_config
+from optimizers import rate_scale
 
 
 def rms(x: Tensor) -> float:
     return x.float().square().mean().sqrt().item()
 
 
-def feature_scales(model: Autoencoder, x: Tensor) -> list[tuple[str, float, float, float | None, float]]:
-    """(name, feature, largest, branch, gradient) per layer of model.decoder, for images x (B, C, H, W).
+class Layer(NamedTuple):
+    """One row of the table; see the top of this file."""
 
-    The posterior's mean is decoded. Parameters and their gradients are left as they are.
+    name: str
+    feature: float
+    largest: float
+    branch: float | None
+    gradient: float
+    step: float
+    scaled: float
+
+
+def feature_scales(model: Autoencoder, x: Tensor, lr: float = 1e-4) -> list[Layer]:
+    """A row per layer of model.decoder, for images x (B, C, H, W) decoded from the posterior's mean.
+
+    Leaves the parameters as they were and gives them no gradients.
     """
-    outputs: dict[str, Tensor] = {}
-    branches: dict[str, float] = {}
-
-    def keep(name: str):
-        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            outputs[name] = output
-            if isinstance(module, ResBlock):
-                skip = module.skip(inputs[0])
-                branches[name] = rms(output - skip) / rms(skip)
-        return hook
-
     layers = {name: module for name, module in model.decoder.named_modules()
               if isinstance(module, (ResBlock, Upsample)) or name in ("conv_in", "conv_out")}
+    inputs, outputs = {}, {}
+
+    def keep(name: str):
+        def hook(_, args: tuple[Tensor], output: Tensor) -> None:
+            inputs[name], outputs[name] = args[0], output
+        return hook
+
     hooks = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
     recon, _ = model(x)
     for hook in hooks:
         hook.remove()
-    gradients = torch.autograd.grad(l1_loss(x, recon), list(outputs.values()))
-    last = rms(gradients[-1])
-    return [(name, rms(y), max(map(rms, y.unbind(1))) / rms(y), branches.get(name), rms(g) / last)
-            for (name, y), g in zip(outputs.items(), gradients, strict=True)]
+    inner = list(outputs.values())
+    params = [p for module in layers.values() for p in module.parameters()]
+    gradients = torch.autograd.grad(l1_loss(x, recon), [*inner, *params])
+    weight_gradient = dict(zip(params, gradients[len(inner):], strict=True))
+
+    rows = []
+    for name, g in zip(outputs, gradients, strict=False):
+        module, y, branch = layers[name], outputs[name], None
+        if isinstance(module, ResBlock):
+            skip = module.skip(inputs[name])
+            branch = rms(y - skip) / rms(skip)
+        own = {p: weight_gradient[p] for p in module.parameters()}
+        steps = [change(model, x, recon, own, lr, scaling) for scaling in (False, True)]
+        rows.append(Layer(name, rms(y), max(map(rms, y.unbind(1))) / rms(y), branch,
+                          rms(g) / rms(gradients[len(inner) - 1]), *steps))
+    return rows
 
 
-def table(rows: list[tuple]) -> str:
-    lines = ["layer          feature  largest   branch  gradient"]
-    for name, feature, largest, branch, gradient in rows:
-        ratio = "" if branch is None else f"{branch:.3f}"
-        lines.append(f"{name:13s} {feature:8.3f} {largest:8.2f} {ratio:>8s} {gradient:9.3f}")
+@torch.no_grad()
+def change(model: Autoencoder, x: Tensor, recon: Tensor, own: dict, lr: float, scaling: bool) -> float:
+    """rms of the image's change over rms of the image, if these parameters take Adam's first step."""
+    before = [p.clone() for p in own]
+    for p, g in own.items():
+        p.sub_(lr * (rate_scale(p) if scaling else 1.0) * g.sign())
+    moved, _ = model(x)
+    for p, old in zip(own, before, strict=True):
+        p.copy_(old)
+    return rms(moved - recon) / rms(recon)
+
+
+def table(rows: list[Layer]) -> str:
+    lines = ["".join(f"{title:>10s}" for title in Layer._fields)]
+    for name, *values in rows:
+        cells = ["" if value is None else f"{value:.3f}" for value in values]
+        lines.append("".join(f"{cell:>10s}" for cell in (name, *cells)))
     return "\n".join(lines)
 
 

@@ -30,11 +30,11 @@ GRAPH = {
     "fid": {"distributed"},
     "metrics": {"distributed", "fid"},
     "report": set(),
-    "muon": {"distributed"},
+    "optimizers": {"distributed"},
     "checkpoint": {"model"},
     "foreign": {"model"},
     "train": {"checkpoint", "cli", "data", "discriminators", "distributed", "losses", "metrics", "model",
-              "muon", "optional_losses", "quantize", "regularisers", "wavelets"},
+              "optimizers", "optional_losses", "quantize", "regularisers", "wavelets"},
     "eval": {"checkpoint", "cli", "data", "distributed", "fid", "foreign", "metrics", "model", "report",
              "weights"},
 }

@@ -255,13 +255,6 @@ def test_learning_rates_of_a_run(train_run, watch):
     assert [line["lr"] for line in run.steps] == pytest.approx([0.5e-3, 1e-3, 0.5e-3])
 
 
-def test_rate_scale():
-    """1 for vectors and up to 288 inputs, 32 channels of a 3x3 convolution; then 288 over the inputs."""
-    shapes = {(512,): 1, (): 1, (64, 32, 3, 3): 1, (9, 288): 1, (24, 64, 3, 3): 1 / 2, (8, 512, 3, 3): 1 / 16}
-    for shape, scale in shapes.items():
-        assert train.rate_scale(nn.Parameter(torch.zeros(shape))) == scale
-
-
 @pytest.mark.parametrize("flags, scaled", [("", True), ("--lr-scaling none", False),
                                            ("--decoder-norm group", False),
                                            ("--decoder-norm group --lr-scaling fan-in", True)])
@@ -316,6 +309,17 @@ def test_eight_images_are_overfitted(tmp_path):
     mean_colours = np.mean([peak_signal_noise_ratio(x, y) for x, y in zip(pictures, flat, strict=True)])
     assert run.lines[-1]["val_psnr_ema"] > mean_colours + 4
     assert run.steps[-1]["batch_psnr"] > run.steps[0]["batch_psnr"] + 6
+
+
+@pytest.mark.slow
+def test_the_default_learns_at_full_width(tmp_path):
+    """LiteVAE-B with its default decoder, 64 px, batch 4, 60 steps: no validation is worse than at step 20."""
+    run = train_in(tmp_path, "--scale B --dec-channels 128 --dec-blocks 3 --res 64 --batch-size 4 --steps 60 "
+                             "--warmup 20 --eval-every 20 --val-count 16 --save-every 1000")
+    psnr = [line["val_psnr"] for line in run.lines if "val_psnr" in line]
+    average = [line["val_psnr_ema"] for line in run.lines if "val_psnr" in line]
+    assert len(psnr) == 3 and min(psnr[1:]) > psnr[0] and min(average[1:]) > average[0], (psnr, average)
+    shutil.rmtree(run.folder)                                         # 0.9 GB
 
 
 def test_discriminator_health(parent):

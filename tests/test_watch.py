@@ -46,9 +46,9 @@ def test_a_validation_that_drops():
     assert "step 200" in line and "fell to 14.90 dB from 18.00 dB" in line
 
 
-@pytest.mark.parametrize("lr, steps, warns", [(5e-4, 60, False), (0.3, 60, True)])
+@pytest.mark.parametrize("lr, steps, warns", [(5e-4, 60, False), (0.0, 60, True)])
 def test_in_training(tmp_path, capsys, lr, steps, warns):
-    """A learning rate that destroys the model is named at the next validation, a fit one is not."""
+    """A run at rate 0 stays below a grey image and is told so; one that learns is not."""
     train_in(tmp_path, f"--lr {lr} --steps {steps} --val-count 4 --warmup 10 --clip 1 "
                        "--batch-size 4 --wavelet-weight 0 --gaussian-weight 0")
     out = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Run: python -m pytest tests/test_muon.py. Muon against an SVD in float64 and against torch.optim.Muon."""
+"""Run: python -m pytest tests/test_optimizers.py. Muon against an SVD in float64 and torch.optim.Muon."""
 
 import os
 import socket
@@ -13,7 +13,7 @@ from torch.optim import _muon
 from torch.utils.flop_counter import FlopCounterMode
 
 import distributed
-import muon
+import optimizers
 from model import Autoencoder, scale_config
 
 SHAPES = [(3, 40), (16, 16), (40, 3), (64, 576)]
@@ -33,33 +33,40 @@ def matrices(seed: int = 0) -> list[Tensor]:
     return [torch.randn(shape, generator=generator) for shape in 2 * SHAPES]
 
 
+def test_rate_scale():
+    """1 for vectors and up to 288 inputs, 32 channels of a 3x3 convolution; then 288 over the inputs."""
+    shapes = {(512,): 1, (): 1, (64, 32, 3, 3): 1, (9, 288): 1, (24, 64, 3, 3): 1 / 2, (8, 512, 3, 3): 1 / 16}
+    for shape, scale in shapes.items():
+        assert optimizers.rate_scale(nn.Parameter(torch.zeros(shape))) == scale
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("decades", [0, 4])
 def test_orthogonalise(shape, decades):
     """Equal to the SVD to 1e-3 of the norm, with singular values down to 1e-4 of the largest, in a batch."""
     x = torch.stack([m for m in matrices(3) if m.shape == shape])
     x = x * torch.logspace(0, -decades, shape[1])
-    ours, exact = muon.orthogonalise(x), by_svd(x)
+    ours, exact = optimizers.orthogonalise(x), by_svd(x)
     assert (ours - exact).norm() < 1e-3 * exact.norm()
-    assert torch.allclose(ours[1], muon.orthogonalise(x[1]), atol=1e-5)
+    assert torch.allclose(ours[1], optimizers.orthogonalise(x[1]), atol=1e-5)
 
 
 def test_singular_values():
     """A matrix far from orthogonal comes out with all of them between 0.65 and 1.25; a zero one stays 0."""
     x = torch.randn(32, 512, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -2, 512)
-    s = torch.linalg.svdvals(muon.orthogonalise(x))
+    s = torch.linalg.svdvals(optimizers.orthogonalise(x))
     assert 0.65 < s.min() and s.max() < 1.25
-    assert not muon.orthogonalise(torch.zeros(4, 9)).any()
+    assert not optimizers.orthogonalise(torch.zeros(4, 9)).any()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_flops(shape):
     """The stated cost is what torch counts; a 512 x 4608 convolution takes 0.38 of the direct form."""
     with FlopCounterMode(display=False) as counter:
-        muon.orthogonalise(torch.randn(shape))
-    assert counter.get_total_flops() == muon.flops(*shape)
+        optimizers.orthogonalise(torch.randn(shape))
+    assert counter.get_total_flops() == optimizers.flops(*shape)
     direct = 5 * (4 * 512**2 * 4608 + 2 * 512**3)
-    assert muon.flops(512, 4608) / direct == pytest.approx(0.37, abs=0.01)
+    assert optimizers.flops(512, 4608) / direct == pytest.approx(0.37, abs=0.01)
 
 
 def ten_steps(optimizer, params: list[nn.Parameter]) -> list[Tensor]:
@@ -79,8 +86,8 @@ def test_equals_torch(monkeypatch):
                                           adjust_lr_fn="match_rms_adamw"), params)
 
     params = [nn.Parameter(torch.zeros_like(m)) for m in matrices()]
-    ours, bf16 = ten_steps(muon.Muon(params, lr=0.1), params), theirs()
-    monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", lambda x, *_: muon.orthogonalise(x))
+    ours, bf16 = ten_steps(optimizers.Muon(params, lr=0.1), params), theirs()
+    monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", lambda x, *_: optimizers.orthogonalise(x))
     for a, b, c in zip(ours, theirs(), bf16, strict=True):
         assert (a - b).abs().max() < 1e-6
         assert (a - c).norm() < 0.02 * a.norm()
@@ -91,7 +98,7 @@ def test_a_convolution_is_a_matrix():
     conv, matrix = nn.Parameter(torch.zeros(4, 2, 3, 3)), nn.Parameter(torch.zeros(4, 18))
     gradient = torch.randn(4, 18, generator=torch.Generator().manual_seed(0))
     conv.grad, matrix.grad = gradient.view(4, 2, 3, 3), gradient
-    muon.Muon([conv, matrix], lr=1.0).step()
+    optimizers.Muon([conv, matrix], lr=1.0).step()
     assert torch.equal(conv.detach().flatten(1), matrix.detach())
     assert matrix.detach().norm() == pytest.approx(0.2 * 18**0.5 * by_svd(gradient).norm().item(), rel=1e-4)
 
@@ -101,7 +108,7 @@ def test_who_trains_what():
     with torch.device("meta"):
         model = Autoencoder(scale_config("B"))
     names = {id(p): name for name, p in model.named_parameters()}
-    inner, others = ([names[id(p)] for p in part] for part in muon.split_parameters(model))
+    inner, others = ([names[id(p)] for p in part] for part in optimizers.split_parameters(model))
     assert sorted(inner + others) == sorted(names.values())
     assert all(name.endswith(".weight") for name in inner)
     edges = ["encoder.extractors.0.conv_in.weight", "encoder.aggregator.conv_out.weight",
@@ -116,7 +123,7 @@ def worker(rank: int, world: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     distributed.init("cpu")
     params = [nn.Parameter(torch.zeros_like(m)) for m in matrices()]
-    optimizer = muon.Muon(params, lr=0.1)
+    optimizer = optimizers.Muon(params, lr=0.1)
     moved = ten_steps(optimizer, params)
     torch.save({"moved": moved, "state": optimizer.state_dict()}, folder / f"{world}-{rank}.pt")
     distributed.cleanup()
@@ -130,7 +137,7 @@ def test_processes_share_the_work(tmp_path, world):
         port = free.getsockname()[1]
     mp.spawn(worker, (world, port, tmp_path), nprocs=world)
     params = [nn.Parameter(torch.zeros_like(m)) for m in matrices()]
-    alone = ten_steps(muon.Muon(params, lr=0.1), params)
+    alone = ten_steps(optimizers.Muon(params, lr=0.1), params)
     results = [torch.load(tmp_path / f"{world}-{rank}.pt", weights_only=True) for rank in range(world)]
     assert all(equal(results[0], result) for result in results)
     for a, b in zip(alone, results[0]["moved"], strict=True):
@@ -144,9 +151,10 @@ def test_no_matrix_is_left_out_or_done_twice(monkeypatch):
     for rank in range(3):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(distributed, "sum_", lambda joined: joined)
-        updates = muon.share_work([m for m in matrices() for _ in range(3)])
+        updates = optimizers.share_work([m for m in matrices() for _ in range(3)])
         done.append([bool(update.any()) for update in updates])
-        load.append(sum(muon.flops(*u.shape) for u, mine in zip(updates, done[-1], strict=True) if mine))
+        costs = [optimizers.flops(*update.shape) for update in updates]
+        load.append(sum(cost for cost, mine in zip(costs, done[-1], strict=True) if mine))
     assert [sum(owners) for owners in zip(*done, strict=True)] == [1] * 24
     assert max(load) < 2 * min(load)
 

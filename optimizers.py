@@ -1,15 +1,14 @@
-"""Muon (Jordan et al. 2024) for the inner convolutions of an autoencoder.
+"""The optimizers of an autoencoder: the paper's Adam, with lower rates for wide layers, and Muon.
 
-Muon replaces the momentum U S V^T of a weight matrix by U V^T, so that a step moves all directions equally.
-Adam moves every weight by about the learning rate, and early in training, when gradients agree, that turns
-all the filters of a wide layer the same way at once. The first and last convolutions of each network, biases,
-norms, gains and codebooks stay with Adam.
+**Adam** moves every weight by about the learning rate. Early in training, when gradients agree, that turns
+all the filters of a wide layer the same way at once; `rate_scale` keeps such a step small at every width.
 
-The update has the size of Adam's (Liu et al. 2025, arXiv 2502.16982): 0.2 sqrt(max(m, n)) lr, so one --lr
-serves both. Momentum and polynomial are those of torch.optim.Muon, which takes matrices only and is the
-oracle of tests/test_muon.py. What differs: a convolution (C', C, k, k) is the matrix (C', C k k), the
-iteration runs on the Gram matrix in fp32 ("Gram Newton-Schulz", Dao AI Lab 2026), and processes share the
-work.
+**Muon** (Jordan et al. 2024) replaces the momentum U S V^T of a weight matrix by U V^T, so that a step moves
+all directions equally. The first and last convolutions of each network, biases, norms, gains and codebooks
+stay with Adam. The update has the size of Adam's (Liu et al. 2025, arXiv 2502.16982): 0.2 sqrt(max(m, n)) lr,
+so one --lr serves both. Momentum and polynomial are those of torch.optim.Muon, which takes matrices only.
+What differs: a convolution (C', C, k, k) is the matrix (C', C k k), the iteration runs on the Gram matrix in
+fp32 ("Gram Newton-Schulz", Dao AI Lab 2026), and processes share the work.
 """
 
 from collections.abc import Iterator
@@ -20,6 +19,40 @@ import torch
 from torch import Tensor, nn
 
 import distributed
+
+# ----------------------------------------------------------------------------
+# Adam
+
+
+def adam(params: list[nn.Parameter], scaling: str = "none") -> torch.optim.Adam:
+    """The paper's Adam. Each group carries `scale`, its learning rate relative to the flag's."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for p in params:
+        groups.setdefault(rate_scale(p) if scaling == "fan-in" else 1.0, []).append(p)
+    return torch.optim.Adam([dict(params=group, scale=scale) for scale, group in groups.items()],
+                            betas=(0.5, 0.9), fused=params[0].device.type in ("cuda", "cpu"))
+
+
+def rate_scale(p: nn.Parameter) -> float:
+    """min(1, 288 / inputs of an output): 1 for vectors and up to 32 channels, 1/16 for a 3x3 conv of 512.
+
+    Adam moves each weight by about the rate. Early in training these moves agree, so an output moves by the
+    rate times its number of inputs: at 1e-4 one step changes the image of the self-modulated decoder by
+    several times its own size (docs/training.md). The theory of wide networks divides the rate by the number
+    of inputs (Yang et al. 2022, arXiv 2203.03466, Table 3).
+    """
+    # differs from the paper: it has one rate for all
+    return min(1.0, 288 / p[0].numel()) if p.ndim > 1 else 1.0
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of the next step; each group takes its share."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("scale", 1.0)
+
+
+# ----------------------------------------------------------------------------
+# Muon
 
 POLYNOMIAL = (3.4445, -4.7750, 2.0315)   # a x + b x^3 + c x^5 on singular values (Jordan et al. 2024)
 ITERATIONS = 5
