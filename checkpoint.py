@@ -1,6 +1,6 @@
 """Checkpoints: one dict of plain types and tensors, written so that a crash never leaves half a file.
 
-    step, config (model.AutoencoderConfig as a dict), args (the flags), versions, git, data, parent,
+    step, config (variants.config.AutoencoderConfig as a dict), args (the flags), versions, git, data, parent,
     model, ema, disc, lecam, opt, opt_muon, opt_disc
 
 `torch.load(path, weights_only=True)` reads it. `load_model` rebuilds the network from the config inside, so
@@ -16,7 +16,9 @@ from pathlib import Path
 
 import torch
 
-from model import Autoencoder, AutoencoderConfig
+from model import Autoencoder
+from variants.build import build
+from variants.config import AutoencoderConfig
 
 
 def save(folder: Path, state: dict, keep: int) -> None:
@@ -121,7 +123,7 @@ def load_model(path: str | Path, raw: bool = False) -> tuple[Autoencoder, dict]:
     on a file of averaged weights alone.
     """
     state = load(path)
-    model = Autoencoder(to_config(state, path))
+    model = build(to_config(state, path))
     if raw and "model" not in state:
         raise ValueError(f"{path} has the averaged weights alone: --raw needs a ckpt.pt")
     weights = state["model"] if raw or state.get("ema") is None else state["ema"]

@@ -3,7 +3,7 @@
 Every discriminator maps images (B, C, H, W) in [-1, 1] to a tuple of logit tensors, one per head, so that
 the losses treat them alike. It says how many `heads` it has, and that it takes images whose sides are
 multiples of `stride` and at least `min_size` pixels. DISCRIMINATORS, at the end, builds each from the
-number of channels and the side of the training images; stylegan.py and gigagan.py hold two more.
+number of channels and the side of the training images.
 
 What differs from the published nets. U-Net: one network for every size. It is the published layout for 256
 (stride 64) without the linear layer that it builds and never uses; the image head pools by 16 x mean
@@ -17,10 +17,6 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from gigagan import GigaGANDiscriminator
-from spectral_norm import SpectralConv2d
-from stylegan import StyleGANDiscriminator
 
 # ----------------------------------------------------------------------------
 # PatchGAN
@@ -68,6 +64,33 @@ class PatchGAN(nn.Module):
 
 # ----------------------------------------------------------------------------
 # U-Net discriminator
+
+
+class SpectralConv2d(nn.Conv2d):
+    """Convolution with weight W / sigma(W), sigma the largest singular value of W as a matrix (out, in k k).
+
+    sigma = u' W v, where one power iteration per call of `power_iteration` tracks u and v; the forward pass
+    changes no state, so it may run any number of times per step. Orthogonal init, so sigma starts exact.
+    Kernels of odd size keep H and W, one of 4 with stride 2 halves them.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding=(kernel_size - 1) // 2)
+        nn.init.orthogonal_(self.weight)
+        self.register_buffer("u", F.normalize(torch.randn(out_channels), dim=0))
+        self.register_buffer("v", torch.zeros(self.weight[0].numel()))
+        self.power_iteration()
+
+    @torch.no_grad()
+    def power_iteration(self) -> None:
+        matrix = self.weight.flatten(1)
+        self.v.copy_(F.normalize(matrix.mT @ self.u, dim=0))
+        self.u.copy_(F.normalize(matrix @ self.v, dim=0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # elementwise, not u @ W @ v: autocast would round a matrix product to bf16
+        sigma = (self.u[:, None] * self.weight.flatten(1) * self.v).sum()
+        return F.conv2d(x, self.weight / sigma, self.bias, self.stride, self.padding)
 
 
 class DownBlock(nn.Module):
@@ -152,8 +175,6 @@ DISCRIMINATORS = {
     "unet-s": lambda in_channels, res: UNetDiscriminator(in_channels, width=16),
     "unet-m": lambda in_channels, res: UNetDiscriminator(in_channels, width=32),
     "unet-l": lambda in_channels, res: UNetDiscriminator(in_channels, width=64),
-    "stylegan": StyleGANDiscriminator,
-    "gigagan": lambda in_channels, res: GigaGANDiscriminator(in_channels),
 }
 
 

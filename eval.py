@@ -27,16 +27,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
-import cli
 import data
-import distributed
-import fid
-import foreign
-import metrics
-import report
-import weights
-from distributed import print0
+from evaluation import fid, metrics, report
 from model import Autoencoder
+from runtime import cli, distributed, sources, weights
+from runtime.distributed import print0
+from variants import foreign
 
 DEFAULT = "default"   # --imagenet-val without a folder
 IMAGENET_VAL = 50_000
@@ -168,11 +164,11 @@ def check_res(res: int, model: nn.Module) -> int:
     return config.in_channels if config else 3
 
 
-def open_images(args: argparse.Namespace) -> data.Source:
+def open_images(args: argparse.Namespace) -> sources.Source:
     if args.data:
-        return data.open_source(args.data, held_out=True)
+        return sources.open_source(args.data, held_out=True)
     root = None if args.imagenet_val == DEFAULT else args.imagenet_val
-    return data.by_file_name(data.open_source(data.imagenet_val_spec(root)))
+    return data.by_file_name(sources.open_source(data.imagenet_val_spec(root)))
 
 
 def load_networks(args: argparse.Namespace, device: torch.device) -> tuple[dict, dict, dict]:

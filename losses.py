@@ -1,23 +1,18 @@
 """Every loss term of LiteVAE training as a pure function of tensors, and LPIPS as the one module.
 
-Sources: LiteVAE (arXiv 2405.14477, Sec. 4.2, App. G) for the wavelet and Gaussian terms; LDM for L1 + LPIPS
-+ KL and the adaptive weight; Schonfeld et al. 2020 for CutMix consistency. Images x and recon are (B, C, H,
-W) in [-1, 1].
+Sources: LiteVAE (arXiv 2405.14477, Sec. 4.3, App. G) for the wavelet and Gaussian terms, LDM for L1 + LPIPS
++ KL. Images x and recon are (B, C, H, W) in [-1, 1].
 
 What differs: no two systems agree on reductions, so a copied weight means nothing. Here every
 reconstruction term is a mean over elements, KL is a mean over latent elements, LPIPS a mean over images and
 adversarial terms are means over logits. Every function computes in fp32 whatever autocast is on.
 """
 
-from collections.abc import Callable
-
 import lpips
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import VGG16_Weights, vgg16
 
-import weights
 from wavelets import dwt2
 
 # total = sum of weight * term. The paper gives the terms but no weight, so each line says where ours comes
@@ -58,7 +53,7 @@ def kl_loss(mean: Tensor, logvar: Tensor) -> Tensor:
 
 
 def wavelet_loss(x: Tensor, recon: Tensor) -> Tensor:
-    """Charbonnier distance of the level-1 Haar details (LH, HL, HH), divided by 2 (paper Sec. 4.2, App. G).
+    """Charbonnier distance of the level-1 Haar details (LH, HL, HH), divided by 2 (paper Sec. 4.3, App. G).
 
     mean sqrt(d^2 + eps^2): eps, not 0, for identical images. The transform is linear, so it runs once, on x
     - recon.
@@ -69,7 +64,7 @@ def wavelet_loss(x: Tensor, recon: Tensor) -> Tensor:
 
 
 def gaussian_loss(x: Tensor, recon: Tensor) -> Tensor:
-    """mean |(x - h(x)) - (recon - h(recon))|, h a Gaussian blur (paper Sec. 4.2); linear, so on x - recon."""
+    """mean |(x - h(x)) - (recon - h(recon))|, h a Gaussian blur (paper Sec. 4.3); linear, so on x - recon."""
     difference = x.float() - recon.float()
     return (difference - gaussian_blur(difference)).abs().mean()
 
@@ -123,48 +118,6 @@ def adv_loss(kind: str, logits_fake: tuple[Tensor, ...]) -> Tensor:
     return sum(value(fake.float()).mean() for fake in logits_fake) / len(logits_fake)
 
 
-def cutmix_mask(uniform: Tensor, height: int, width: int) -> Tensor:
-    """One box per image, 1 where the mixed image is real (Schonfeld et al. 2020): (B, 4) -> (B, 1, H, W).
-
-    The columns of `uniform`, each in [0, 1), are lambda, box centre y, box centre x and a coin: the box
-    covers 1 - lambda of the image before it is clipped, and the mask is inverted for half of the images.
-    """
-    lam, cy, cx, coin = uniform.unbind(1)
-    half = 0.5 * (1 - lam).sqrt()[:, None]
-    y = (torch.arange(height, device=uniform.device) + 0.5) / height
-    x = (torch.arange(width, device=uniform.device) + 0.5) / width
-    rows, columns = (y - cy[:, None]).abs() < half, (x - cx[:, None]).abs() < half
-    box = rows[:, :, None] & columns[:, None, :]
-    return (box ^ (coin < 0.5)[:, None, None]).float()[:, None]
-
-
-def cutmix_loss(mask: Tensor, mixed: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-    """Consistency of pixel logits, mean (D(mix) - mix of D(x) and D(recon))^2 (Schonfeld et al. 2020)."""
-    target = mask * real.float() + (1 - mask) * fake.float()
-    return (mixed.float() - target).square().mean()
-
-
-# ----------------------------------------------------------------------------
-# adaptive adversarial weight (taming, LDM; the paper drops it for a constant, Table 8)
-
-
-def last_layer_gradient(loss: Tensor, recon: Tensor, features: Tensor, decoder: nn.Module) -> Tensor:
-    """Gradient of `loss` with respect to the weight of decoder.conv_out.
-
-    It goes back from the loss to recon, then through a rerun of the last layer alone on the stored
-    features: the model is not run backward, so this costs little, works under torch.compile and fires no
-    DDP hook.
-    """
-    (grad_recon,) = torch.autograd.grad(loss, recon, retain_graph=True)
-    output = decoder.head(features.detach())
-    return torch.autograd.grad(output, decoder.conv_out.weight, grad_recon.to(output.dtype))[0]
-
-
-def adaptive_weight(grad_rec: Tensor, grad_adv: Tensor) -> Tensor:
-    """||grad L_rec|| / (||grad L_adv|| + 1e-4), clamped to [0, 1e4]; L_rec with LPIPS, before KL (LDM)."""
-    return (grad_rec.norm() / (grad_adv.norm() + 1e-4)).clamp(0.0, 1e4)
-
-
 # ----------------------------------------------------------------------------
 # LPIPS
 
@@ -174,7 +127,7 @@ class LPIPS(nn.Module):
 
     Frozen, and in eval mode whatever its parent does (its dropout would make the loss random). The VGG may
     run in autocast; normalising, differences and the linear layers are fp32. Inputs in [-1, 1], 1 or 3
-    channels, sides of at least 16. `vgg_weights` comes from load_vgg.
+    channels, sides of at least 16. `vgg_weights` comes from runtime.weights.load_vgg.
     """
 
     def __init__(self, vgg_weights: dict[str, Tensor]) -> None:
@@ -206,30 +159,3 @@ def normalise(features: Tensor) -> Tensor:
     """Unit length over channels, fp32, as lpips.normalize_tensor (eps outside the root)."""
     features = features.float()
     return features / (features.square().sum(dim=1, keepdim=True).sqrt() + 1e-10)
-
-
-def load_vgg(vgg_file: str | None = None, timeout: float = 30.0) -> dict[str, Tensor]:
-    """VGG16's convolution weights, keys "0.weight" to "28.bias".
-
-    From vgg_file (torchvision's vgg16 file, or a features-only one of 59 MB), else from the torch hub
-    cache, else downloaded there. Raises ValueError, in one line that says where it looked and what to do,
-    if none works.
-    """
-    need, advice = "LPIPS needs VGG16", "pass --vgg-file FILE, or train without LPIPS: --lpips-weight 0"
-    return load_features(vgg16, VGG16_Weights.IMAGENET1K_V1.url, vgg_file, timeout, need, advice)
-
-
-def load_features(build: Callable[[], nn.Module], url: str, file: str | None, timeout: float,
-                  need: str, advice: str) -> dict[str, Tensor]:
-    """The weights of build().features, torchvision's; `file`, cache and errors as of `load_vgg`."""
-    path = weights.find(url, file)
-    try:
-        with torch.device("meta"):
-            net = build().features
-        net.load_state_dict(weights.read(url, file, timeout), assign=True)
-    except Exception as error:      # a wrong file makes torch raise nearly every type
-        raise ValueError(
-            f"{need} weights and could not load {path} ({weights.one_line(error)}): "
-            f"put {path.name} there, {advice}"
-        ) from error
-    return net.state_dict()

@@ -18,7 +18,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-import distributed
+from runtime import distributed
 
 # ----------------------------------------------------------------------------
 # Adam

@@ -33,27 +33,24 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import checkpoint
-import cli
 import data
-import distributed
 import losses
-import metrics
-import optional_losses
-import quantize
-import regularisers
-from discriminators import DISCRIMINATORS, check_size, update_spectral_norm
-from distributed import print0
+from discriminators import update_spectral_norm
+from evaluation import metrics
 from losses import DEFAULT_WEIGHTS as W
-from model import SCALES, Autoencoder, AutoencoderConfig, count_parameters, scale_config
+from model import SCALES, LiteVAEConfig, count_parameters
 from optimizers import Muon, adam, set_rate, split_parameters
+from runtime import cli, distributed, sources
+from runtime.distributed import print0
+from runtime.randomness import NOISE, seeded
 from runtime.watch import Watch
+from runtime.weights import load_vgg
+from variants import options
+from variants.build import DISCRIMINATORS, build, build_discriminator
 from wavelets import FILTERS
 
 # ----------------------------------------------------------------------------
 # flags
-
-ONE_SIZE = ("sd", "dwt", "dwt2")       # encoders without scales
-
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.ArgumentParser(__doc__.split("\n")[0])
@@ -83,30 +80,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num-workers", type=cli.natural, default=4, help="loader processes of each training process")
 
     add = parser.add_argument_group("model").add_argument
-    add("--encoder", choices=("litevae", "sd", "open-litevae", "dwt", "dwt2"), default="litevae",
-        help="wavelets and UNets, SD-VAE's, open-LiteVAE's, or the wavelet bands themselves (paper App. B)")
     add("--scale", choices=tuple(SCALES), default="B", help="of encoders with wavelets, paper Table 2")
-    add("--extractor-blocks", type=cli.positive, default=2, help="per width; open-LiteVAE: 3, 4, 5, 5")
-    add("--aggregator-blocks", type=cli.positive, default=2, help="per width; open-LiteVAE: 3, 4, 4, 4")
     add("--wavelet", choices=tuple(FILTERS), default="haar", help="of the encoder and of wavelet output")
-    add("--extractor", choices=("unet", "nafnet"), default="unet", help="paper D.3")
-    add("--shared-extractor", action=switch, default=False, help="one for all levels, paper D.4")
-    add("--first-level", type=cli.positive, default=1, help="finer levels are left out, paper D.6: 2")
-    add("--downsample", choices=("pool", "conv"), default="pool", help="of the extractors' outputs")
-    add("--aggregator", choices=("unet", "vit"), default="unet", help="vit: bound to --res, paper D.5")
-    add("--dropout", type=cli.amount, default=0.0, help="in extractors and aggregator")
-    add("--codebook-size", type=cli.natural, default=0, help="entries of VQ-GAN's codebook, 0: Gaussian")
-    add("--codebook-update", choices=("gradient", "ema"), default="gradient", help="how it learns")
     add("--latent-channels", type=cli.positive, default=12, help="n_z")
     add("--levels", type=int, choices=(2, 3, 4), default=3, help="the latent is 4, 8 or 16 times smaller")
     add("--in-channels", type=int, choices=(1, 3), default=3, help="1 trains on grey images")
-    add("--decoder", choices=("sd", "open-litevae"), default="sd", help="the paper's, or open-LiteVAE's")
-    add("--dec-channels", type=cli.positive, default=128, help="base width of the decoder")
-    add("--dec-blocks", type=cli.positive, default=3, help="ResBlocks per resolution of the decoder")
+    add("--dec-channels", dest="decoder_channels", type=cli.positive, default=128,
+        help="base width of the decoder")
+    add("--dec-blocks", dest="decoder_blocks", type=cli.positive, default=3,
+        help="ResBlocks per resolution of the decoder")
     add("--decoder-norm", choices=("smc", "group"), default="smc", help="paper Table 4")
     add("--decoder-attention", action=switch, default=False, help="in the middle of the decoder")
     add("--output", choices=("image", "wavelet"), default="image", help="what the decoder predicts")
-    add("--conv1x1", action=switch, default=False, help="1x1 convs around the latent, paper Table 17")
     add("--freeze-encoder", action=switch, default=False, help="train the decoder alone, from the average")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -131,16 +116,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--disc-start", type=cli.natural, default=0, help="step from which it trains")
     add("--disc-warmup", type=cli.natural, default=0,
         help="steps it then trains alone, before the autoencoder sees it")
-    add("--adaptive-weight", action=switch, default=False,
-        help="scale --disc-weight by the ratio of last-layer gradients (LDM; paper Table 8)")
-    add("--alternate", action=switch, default=False,
-        help="once it trains: even steps update the autoencoder, odd ones the discriminator (SGM)")
-    add("--r1", type=cli.amount, default=0.0, metavar="GAMMA", help="gradient penalty, 0 = off")
-    add("--r1-every", type=cli.positive, default=16, help="updates from one penalty to the next")
-    add("--lecam", type=cli.amount, default=0.0, metavar="WEIGHT", help="LeCam regulariser, 0 = off")
-    add("--cutmix", type=cli.amount, default=0.0, metavar="WEIGHT",
-        help="CutMix consistency of a U-Net's pixel logits, mean over pixels, 0 = off")
-
     text = ("total = l1 |x - r| + l2 (x - r)^2 + lpips LPIPS + wavelet Charbonnier(details) + gaussian "
             "L1(high-pass) + kl KL + disc adversarial; every term is a mean, sources in losses.py")
     add = parser.add_argument_group("loss weights", text).add_argument
@@ -150,79 +125,35 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--kl-weight", type=cli.amount, default=W["kl"], help="mean over latent elements")
     add("--wavelet-weight", type=cli.amount, default=W["wavelet"], help="mean over elements")
     add("--gaussian-weight", type=cli.amount, default=W["gaussian"], help="mean over elements")
-    add("--vq-weight", type=cli.amount, default=1.0, help="codebook and commitment, means over elements")
     add("--disc-weight", type=cli.amount, default=W["disc"], help="mean over logits")
-    add("--vgg19-weight", type=cli.amount, default=0.0, help="mean over features, paper Table 14")
-    add("--ldl-weight", type=cli.amount, default=0.0, help="mean over elements, paper Table 15; needs EMA")
-    add("--identity-weight", type=cli.amount, default=0.0,
-        help="mean over MoCo v2's embedding, Transfusion; needs --moco-file")
     add("--vgg-file", metavar="FILE", help="VGG16 weights for LPIPS (default: torch hub's cache)")
-    add("--vgg19-file", metavar="FILE", help="VGG19 weights (default: torch hub's cache)")
-    add("--moco-file", metavar="FILE", help="MoCo v2 ResNet-50, 800 epochs (default: none)")
-
     add = parser.add_argument_group("logging and checkpoints").add_argument
     add("--log-every", type=cli.positive, default=50, help="steps")
     add("--eval-every", type=cli.positive, default=5000, help="steps; the last step always evaluates")
     add("--save-every", type=cli.positive, default=5000, help="steps; the last step always saves")
     add("--keep", type=cli.natural, default=1, help="older checkpoints to keep beside ckpt.pt")
 
+    options.add_flags(parser)
     args = parser.parse_args(argv)
-    name = args.encoder if args.encoder in ONE_SIZE else f"{args.encoder}-{args.scale.lower()}"
-    args.out = args.out or f"out/{name}-{args.res}"
+    args.out = args.out or f"out/{options.run_name(args)}-{args.res}"
     args.lr_scaling = args.lr_scaling or ("fan-in" if args.decoder_norm == "smc" else "none")
     return args
 
 
-def build_config(args: argparse.Namespace) -> AutoencoderConfig:
-    """The architecture that the flags ask for."""
-    return scale_config(
-        args.scale,
-        encoder=args.encoder,
-        extractor_blocks=args.extractor_blocks,
-        aggregator_blocks=args.aggregator_blocks,
-        decoder=args.decoder,
-        in_channels=args.in_channels,
-        latent_channels=args.latent_channels,
-        levels=args.levels,
-        decoder_channels=args.dec_channels,
-        decoder_blocks=args.dec_blocks,
-        decoder_norm=args.decoder_norm,
-        decoder_attention=args.decoder_attention,
-        output=args.output,
-        conv1x1=args.conv1x1,
-        wavelet=args.wavelet,
-        extractor=args.extractor,
-        shared_extractor=args.shared_extractor,
-        first_level=args.first_level,
-        downsample=args.downsample,
-        aggregator=args.aggregator,
-        resolution=args.res if args.aggregator == "vit" else 0,
-        dropout=args.dropout,
-        codebook_size=args.codebook_size,
-        codebook_update=args.codebook_update,
-    )
-
-
-def check_flags(args: argparse.Namespace, config: AutoencoderConfig) -> None:
+def check_flags(args: argparse.Namespace, config: LiteVAEConfig) -> None:
     """ValueError on flags that are right one by one and wrong together."""
     f = config.downsample_factor
     if args.res % f:
         raise ValueError(f"--res {args.res} is not divisible by the downsample factor {f}: use a multiple")
     if args.res < 16:
         raise ValueError(f"--res {args.res} is below 16, the least that SSIM and LPIPS can judge")
-    if args.cutmix and not args.disc.startswith("unet"):
-        raise ValueError(f"--cutmix needs pixel logits, got --disc {args.disc}: use unet-s, unet-m or unet-l")
     if not args.l1_weight and not args.l2_weight:
         raise ValueError("nothing to reconstruct by: --l1-weight or --l2-weight must be above 0")
     if args.ema_decay >= 1:
         raise ValueError(f"--ema-decay must be below 1, got {args.ema_decay}")
-    for name in ("adaptive_weight", "alternate", "r1", "lecam"):
-        if getattr(args, name) and args.disc == "none":
-            raise ValueError(f"--{name.replace('_', '-')} needs a discriminator, got --disc none")
-    if args.ldl_weight and not args.ema_decay:
-        raise ValueError("--ldl-weight compares with the averaged weights: --ema-decay must be above 0")
     if args.freeze_encoder and not (args.init or args.resume):
         raise ValueError("--freeze-encoder would keep a random encoder: give a trained one with --init CKPT")
+    options.check(args)
     check_idle_flags(args)
     if args.warmup >= args.steps:
         print0(f"note: --warmup {args.warmup} is not over after --steps {args.steps}, --lr is never reached")
@@ -235,14 +166,8 @@ def check_idle_flags(args: argparse.Namespace) -> None:
     def given(name: str) -> bool:
         return getattr(args, name) != getattr(defaults, name)
 
-    idle = {
-        "scale": args.encoder in ONE_SIZE and f"--encoder {args.encoder} has one size",
-        "kl_weight": args.codebook_size and "a codebook has no KL, its weight is --vq-weight",
-        "vq_weight": not args.codebook_size and "there is no codebook, set --codebook-size",
-        "r1_every": not args.r1 and "there is no penalty, set --r1",
-    }
-    for name, reason in idle.items():
-        if reason and given(name):
+    for name, reason in options.idle(args).items():
+        if given(name):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} has no effect: {reason}")
     off = {
         "--disc none": args.disc == "none" and ("disc_loss", "disc_start", "disc_warmup", "disc_lr",
@@ -272,15 +197,6 @@ def lr_factor(step: int, warmup: int, schedule: str, steps: int) -> float:
 def ema_decay(step: int, decay: float) -> float:
     """Decay of a step: a short memory at first, so that the average forgets the random start."""
     return min(decay, (1 + step) / (10 + step))
-
-
-NOISE, CUTMIX, REVIVAL, DROPOUT = range(4)   # purposes of randomness; DROPOUT + row is the last
-
-
-def seeded(seed: int, step: int, purpose: int) -> torch.Generator:
-    """A CPU generator that is a pure function of its three numbers."""
-    key = np.random.SeedSequence([seed, step, purpose]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(key[0]))
 
 
 def pick_precision(flag: str, device: torch.device) -> str:
@@ -418,10 +334,10 @@ def set_fast_math(device: torch.device) -> torch.memory_format:
 def open_data(args: argparse.Namespace) -> tuple[data.TrainSet, data.ValSet]:
     """Training and validation set; ValueError or OSError in one line if there is nothing to train on."""
     spec = args.data or data.default_train_spec()
-    source = data.open_source(spec)
+    source = sources.open_source(spec)
     val_spec = args.val_data or data.default_val_spec(spec)
     if val_spec:
-        val_source = data.open_source(val_spec, held_out=True)
+        val_source = sources.open_source(val_spec, held_out=True)
     else:
         source, val_source = data.split_val(source, args.val_count)
     train_set = data.TrainSet(source, args.res, args.seed, tuple(args.rescale), channels=args.in_channels)
@@ -432,7 +348,7 @@ def open_data(args: argparse.Namespace) -> tuple[data.TrainSet, data.ValSet]:
 
 
 def reconstruction_terms(args: argparse.Namespace, device: torch.device) -> list[tuple]:
-    """(name, weight, function of (x, recon)) of every term in use; ValueError if a network has no weights."""
+    """(name, weight, function of (x, recon)) of every term in use; ValueError if LPIPS has no weights."""
     terms = [
         ("l1", args.l1_weight, losses.l1_loss),
         ("l2", args.l2_weight, losses.l2_loss),
@@ -440,16 +356,8 @@ def reconstruction_terms(args: argparse.Namespace, device: torch.device) -> list
         ("gaussian", args.gaussian_weight, losses.gaussian_loss),
     ]
     if args.lpips_weight:
-        vgg = distributed.from_main(lambda: losses.load_vgg(args.vgg_file))
+        vgg = distributed.from_main(lambda: load_vgg(args.vgg_file))
         terms.append(("lpips", args.lpips_weight, losses.LPIPS(vgg).to(device)))
-    if args.vgg19_weight:
-        vgg = distributed.from_main(lambda: optional_losses.load_vgg19(args.vgg19_file))
-        terms.append(("vgg19", args.vgg19_weight, optional_losses.VGG19Loss(vgg).to(device)))
-    if args.identity_weight:
-        moco, md5 = distributed.from_main(lambda: optional_losses.load_moco(args.moco_file))
-        known = "the published 800 epochs" if md5 == optional_losses.MOCO_MD5 else "not the published file"
-        print0(f"moco: {args.moco_file}, md5 {md5}, {known}")
-        terms.append(("identity", args.identity_weight, optional_losses.IdentityLoss(moco).to(device)))
     return [term for term in terms if term[1]]
 
 
@@ -525,7 +433,7 @@ def provenance(how: str, state: dict | None, path: Path | None, train_set: data.
         about = {name: state.get(name) for name in ("step", "args", "versions", "git", "data", "parent")}
         parent = {"path": str(path), **about}
     versions = {"torch": str(torch.__version__), "numpy": np.__version__}
-    return {"versions": versions, "git": checkpoint.git_hash(), "data": data.summary(train_set.source),
+    return {"versions": versions, "git": checkpoint.git_hash(), "data": sources.summary(train_set.source),
             "parent": parent}
 
 
@@ -562,8 +470,8 @@ def validate(nets: dict, val_loader, broken: set, device, autocast) -> dict[str,
 
 
 @torch.no_grad()
-def show(step: int, net: nn.Module, val_loader, device, autocast, log: Log) -> None:
-    """Pictures and latents of the first validation images, which rank 0 has."""
+def show(step: int, net: nn.Module, val_loader, device, autocast, log: Log) -> Tensor | None:
+    """Logs pictures and latents of the first validation images, and returns the images, on rank 0."""
     batch = next(iter(val_loader))[0] if distributed.is_main() else ()
     if len(batch):
         x, training = data.to_float(batch[:8].to(device)), net.training
@@ -572,6 +480,47 @@ def show(step: int, net: nn.Module, val_loader, device, autocast, log: Log) -> N
             recon, posterior = net(x)
         net.train(training)
         log.pictures(step, x, recon.float(), posterior.mean)
+        return x
+    return None
+
+
+def freeze_encoder(model: nn.Module) -> None:
+    """Only the decoder's side keeps its gradients."""
+    model.requires_grad_(False)
+    for part in (model.decoder, getattr(model, "post_quant_conv", None)):
+        if part is not None:
+            part.requires_grad_(True)
+
+
+def states(parts: dict) -> dict:
+    return {name: part.state_dict() if part else None for name, part in parts.items()}
+
+
+def add_means(logged: dict[str, Tensor], parts: dict[str, Tensor], count: int) -> None:
+    """Adds the share of one of `count` micro-batches."""
+    for name, part in parts.items():
+        logged[name] = logged.get(name, 0) + part.detach() / count
+
+
+def update_average(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), step)
+    for average, buffer in zip(ema.buffers(), model.buffers(), strict=True):
+        average.copy_(buffer)                             # a codebook's counts
+
+
+def finish(log: Log, broken: set[str], skipped: int, stopping: bool, step: int, out: Path) -> None:
+    """The last lines of a run, and its exit code."""
+    log.close()
+    replaced = set().union(*distributed.gather(broken))
+    if replaced:
+        print0(f"broken images, named above and replaced: {len(replaced)}")
+    ill = skipped == MAX_SKIPPED
+    if not ill:
+        end = f"stopped by a signal after step {step}, saved; go on with --resume:" if stopping else "done:"
+        print0(f"{end} {out / 'ckpt.pt'}")
+    distributed.cleanup()
+    if ill or stopping:
+        sys.exit(1 if ill else STOPPED)
 
 
 # ----------------------------------------------------------------------------
@@ -590,37 +539,34 @@ def main() -> None:
         compiled = device.type == "cuda" if args.compile is None else args.compile
         memory_format = set_fast_math(device)
 
-        # all that a user can get wrong fails here, before anything is written
-        config = build_config(args)
+        # everything that a user can get wrong fails here, before anything is written
+        config = options.build_config(args)
         check_flags(args, config)
         out = Path(args.out)
         how, start_path = distributed.from_main(lambda: find_start(args, out))
         train_set, val_set = distributed.from_main(lambda: open_data(args))
         terms = reconstruction_terms(args, device)
+        extra = options.Options(args, device)
 
         # networks and optimizers
         torch.manual_seed(args.seed)
-        model = Autoencoder(config).to(device, memory_format=memory_format)
+        model = build(config).to(device, memory_format=memory_format)
         if args.freeze_encoder:
-            model.encoder.requires_grad_(False)
-            model.quant_conv.requires_grad_(False)
-            if model.quantizer:
-                model.quantizer.requires_grad_(False)
+            freeze_encoder(model)
         ema = copy.deepcopy(model).requires_grad_(False).eval() if args.ema_decay else None
-        disc = lecam = None
+        disc = None
         if args.disc != "none":
-            disc = DISCRIMINATORS[args.disc](args.in_channels, args.res)
+            disc = build_discriminator(args.disc, args.in_channels, args.res)
             disc = disc.to(device, memory_format=memory_format)
-            check_size(disc, args.res, args.res)
-            lecam = regularisers.LeCam(disc.heads).to(device) if args.lecam else None
+        extra.watch(model, ema, disc)
         matrices, others = split_parameters(model) if args.optimizer == "muon" else ([], trainable(model))
         opt = adam(others, args.lr_scaling)
         opt_muon = Muon(matrices, args.lr) if matrices else None
         opt_disc = adam(trainable(disc)) if disc else None
-        nets = {"model": model, "ema": ema, "disc": disc, "lecam": lecam}
+        nets = {"model": model, "ema": ema, "disc": disc, "lecam": extra.lecam}
         optimizers = {"opt": opt, "opt_muon": opt_muon, "opt_disc": opt_disc}
 
-        # what is there already
+        # resume or initialise
         state, start = None, 0
         if how:
             state = checkpoint.load(start_path)
@@ -656,12 +602,13 @@ def main() -> None:
     print0(f"batch: {args.batch_size} x {world} processes x {args.accumulate} accumulated = {global_batch}")
     print0(f"device: {device}, {precision}, {'compiled' if compiled else 'eager'}; output: {out}")
 
-    # wrap last and once: model, ema and disc stay bare, so that no state dict ever sees a prefix
+    # wrap last and once: model, ema and disc stay bare, so state dicts never have a prefix
     ddp_model = wrap(torch.compile(model) if compiled else model)
     fast_disc = torch.compile(disc) if compiled and disc else disc
     ddp_disc = wrap(fast_disc) if disc else None
+    # a compiled network cannot be backpropagated through twice, as the adaptive weight does
+    judge = disc if args.adaptive_weight else fast_disc
     latent_shape = (config.latent_channels, *[args.res // config.downsample_factor] * 2)
-    ema_params, params = list(ema.parameters()) if ema else [], list(model.parameters())
     broken: set[str] = set()                              # files named so far
     train_batches = data.report_broken(train_loader, broken)
     skipped, stopping, overdue, received = 0, False, False, catch_signals()
@@ -672,28 +619,28 @@ def main() -> None:
     for step in bar:                                      # one turn more than updates: evaluate, save, stop
         done, last = step + 1, step == args.steps
 
-        # save on rank 0; weights that gave no finite step are not worth it, those of the next one are
+        # save; after a skipped step, wait for a finite one
         overdue = step > start and (overdue or last or step % args.save_every == 0)
         if stopping or overdue and (last or not skipped):
             if distributed.is_main():
-                state = {"step": step, **about}
-                for name, part in {**nets, **optimizers}.items():
-                    state[name] = part.state_dict() if part else None
+                state = {"step": step, **about, **states({**nets, **optimizers})}
                 checkpoint.save(out, state, args.keep)
                 checkpoint.save_weights(out / "model.pt", state)
             overdue = False
         if stopping:
             break
 
-        # evaluate on all ranks; the line is written last, as a resumed run goes by it
+        # evaluate on all ranks; the log line comes last, since a resumed run relies on it
         if step > 0 and (last or step % args.eval_every == 0) and (step > start or not validated):
             scores = validate(nets, val_loader, broken, device, autocast)
-            show(step, ema or model, val_loader, device, autocast, log)
+            x = show(step, ema or model, val_loader, device, autocast, log)
+            if x is not None and disc and step > args.disc_start + args.disc_warmup:
+                with autocast:
+                    scores["adaptive_weight"] = extra.would_be_weight(terms, x, disc)
             if best_by(scores) > best:
                 best = best_by(scores)
                 if distributed.is_main():
-                    state = {"step": step, **about, "val_psnr": best, "model": model.state_dict(),
-                             "ema": ema.state_dict() if ema else None}
+                    state = {"step": step, **about, "val_psnr": best, **states({"model": model, "ema": ema})}
                     checkpoint.save_weights(out / "best.pt", state)
             if grey is None:
                 shown = data.report_broken(val_loader, broken)
@@ -704,22 +651,15 @@ def main() -> None:
         if last:
             break
 
-        # what this step is: learning rates, who trains, and its noise, as pure functions of the step
+        # whose turn it is, learning rates, noise
+        train_disc = disc is not None and step >= args.disc_start
+        adversarial = train_disc and step >= args.disc_start + args.disc_warmup
+        update_model, train_disc = extra.turns(step, train_disc)
         factor = lr_factor(step, args.warmup, args.schedule, args.steps)
         for optimizer in filter(None, (opt, opt_muon)):
             set_rate(optimizer, args.lr * factor)
-        train_disc = disc is not None and step >= args.disc_start
-        adversarial = train_disc and step >= args.disc_start + args.disc_warmup
-        # alternating, only one of the two is updated
-        update_model = not (args.alternate and train_disc) or step % 2 == 0
-        train_disc = train_disc and (not args.alternate or step % 2 == 1)
         noise = torch.randn(global_batch, *latent_shape, generator=seeded(args.seed, step, NOISE))
-        if config.codebook_size:
-            positions = noise[:, 0].numel()
-            slots = quantize.revival_slots(positions, config.codebook_size, seeded(args.seed, step, REVIVAL))
-            slots, table = slots.view_as(noise[:, 0]), 0  # table: what the codebook will know of this step
-        # alternating, the step after it is logged too: one of each kind
-        log_now = done % args.log_every in (0, int(args.alternate)) or done == args.steps
+        extra.begin(step, noise)
         logged: dict[str, Tensor] = {}                    # means over micro-batches, on the device
         pairs = []                                        # (x, recon) per micro-batch, for the discriminator
 
@@ -727,49 +667,27 @@ def main() -> None:
         if disc:
             disc.requires_grad_(False)                    # no discriminator gradient comes of this half
         for micro in range(args.accumulate):
+            rows = batches.rows(micro)
             x = data.to_float(next(train_batches).to(device, non_blocking=True))
             x = x.contiguous(memory_format=memory_format)
-            z_noise = noise[batches.rows(micro)].to(device)
-            if config.dropout:
-                row = batches.rows(micro).start
-                torch.manual_seed(seeded(args.seed, step, DROPOUT + row).initial_seed())
+            z_noise = noise[rows].to(device)
+            extra.micro_batch(step, rows)
             with no_sync(ddp_model, micro == args.accumulate - 1), torch.set_grad_enabled(update_model):
                 with autocast:
                     recon, posterior, features = ddp_model(x, z_noise, with_features=True)
                     parts = {name: term(x, recon) for name, _, term in terms}
                     rec = sum(weight * parts[name] for name, weight, _ in terms)
-                    if args.ldl_weight:
-                        with torch.no_grad():
-                            recon_ema, _ = ema(x, z_noise)
-                        parts["ldl"] = optional_losses.ldl_loss(x, recon, recon_ema)
-                        rec = rec + args.ldl_weight * parts["ldl"]
-                    if config.codebook_size:
-                        parts["vq"] = quantize.vq_loss(posterior)
-                        parts["loss"] = rec + args.vq_weight * parts["vq"]
-                        rows = slots[batches.rows(micro)].to(device)
-                        table = table + model.quantizer.statistics(posterior, rows)
-                    else:
-                        parts["kl"] = losses.kl_loss(*posterior)
-                        parts["loss"] = rec + args.kl_weight * parts["kl"]
+                    rec = rec + extra.reconstruction(parts, x, recon, z_noise)
+                    parts["loss"] = rec + extra.latent(parts, posterior, rows)
                     if adversarial and update_model:
-                        compare = args.adaptive_weight or log_now         # paper Fig. 7 shows both
-                        # compiled, a network cannot be gone back through twice
-                        judge = disc if compare else fast_disc
                         parts["adv"] = losses.adv_loss(args.disc_loss, judge(recon))
-                        weight = torch.tensor(args.disc_weight, device=device)
-                        if compare:
-                            grads = [losses.last_layer_gradient(part, recon, features, model.decoder)
-                                     for part in (rec, parts["adv"])]
-                            adaptive = weight * losses.adaptive_weight(*map(distributed.mean, grads))
-                            parts["adaptive_weight"] = adaptive
-                        parts["disc_weight"] = adaptive if args.adaptive_weight else weight
+                        parts["disc_weight"] = extra.disc_weight(rec, parts["adv"], recon, features)
                         parts["loss"] = parts["loss"] + parts["disc_weight"] * parts["adv"]
                 if update_model:
                     (parts["loss"] / args.accumulate).backward()
             pairs.append((x, recon.detach()))
             parts["mse"] = losses.l2_loss(*pairs[-1])
-            for name, part in parts.items():
-                logged[name] = logged.get(name, 0) + part.detach() / args.accumulate
+            add_means(logged, parts, args.accumulate)
         if update_model:
             logged["grad_norm"] = nn.utils.clip_grad_norm_(trainable(model), args.clip or math.inf)
 
@@ -780,87 +698,56 @@ def main() -> None:
             set_rate(opt_disc, args.disc_lr * disc_factor)
             disc.requires_grad_(True)
             update_spectral_norm(disc)
-            lecam_means = []
-            uniform = torch.rand(global_batch, 4, generator=seeded(args.seed, step, CUTMIX))
             for micro, (x, recon) in enumerate(pairs):
                 with no_sync(ddp_disc, micro == args.accumulate - 1):
                     with autocast:
                         real, fake = ddp_disc(x), ddp_disc(recon)
                         parts = {"disc": losses.disc_loss(args.disc_loss, real, fake)}
-                        if args.cutmix:
-                            boxes = uniform[batches.rows(micro)].to(device)
-                            mask = losses.cutmix_mask(boxes, args.res, args.res)
-                            mixed = ddp_disc(mask * x + (1 - mask) * recon)
-                            parts["cutmix"] = losses.cutmix_loss(mask, mixed[0], real[0], fake[0])
-                        loss = parts["disc"] + args.cutmix * parts.get("cutmix", 0)
-                        if lecam:
-                            parts["lecam"] = lecam(real, fake)
-                            loss = loss + args.lecam * parts["lecam"]
-                            lecam_means.append(torch.stack(list(map(regularisers.head_means, (real, fake)))))
-                        if args.r1 and step // (1 + args.alternate) % args.r1_every == 0:
-                            parts["r1"] = regularisers.r1_loss(disc, x)       # the bare one, see there
-                            loss = loss + args.r1 * args.r1_every * parts["r1"]
+                        rows = batches.rows(micro)
+                        penalties = extra.penalties(parts, disc, ddp_disc, step, rows, x, recon, real, fake)
+                        loss = parts["disc"] + penalties
                     (loss / args.accumulate).backward()
-                parts |= losses.disc_health(real[0], fake[0])
-                for name, part in parts.items():
-                    logged[name] = logged.get(name, 0) + part.detach() / args.accumulate
+                add_means(logged, parts | losses.disc_health(real[0], fake[0]), args.accumulate)
             logged["disc_grad_norm"] = nn.utils.clip_grad_norm_(trainable(disc), args.clip or math.inf)
 
-        # 3. update both networks, or neither: one number that is not finite anywhere, and no rank moves
+        # 3. update both networks or neither: if one number on one rank is not finite, no rank moves
         logged["signal"] = torch.tensor(float(bool(received)), device=device)
         means = distributed.mean(torch.stack([value.float() for value in logged.values()])).tolist()
         values = dict(zip(logged, means, strict=True))
-        stopping = values.pop("signal") > 0               # whoever got it, all stop after the same step
+        stopping = values.pop("signal") > 0               # a signal on one rank stops all after this step
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         skipped = skipped + 1 if bad else 0
         if not bad:
-            if update_model:
-                opt.step()
-                if opt_muon:
-                    opt_muon.step()
+            for optimizer in (opt, opt_muon) if update_model else ():
+                if optimizer:
+                    optimizer.step()
             if train_disc:
                 opt_disc.step()
-                if lecam:
-                    lecam.update(*distributed.mean(torch.stack(lecam_means).mean(dim=0)))
-            if config.codebook_size and update_model and not args.freeze_encoder:
-                values |= {name: float(value) for name, value in
-                           model.quantizer.update(distributed.sum_(table)).items()}
+            values |= extra.update(update_model, train_disc)
             if ema and update_model:
                 # a new phase inherits an average; a random start is better forgotten
                 decay = args.ema_decay if about["parent"] else ema_decay(step, args.ema_decay)
-                get_ema_multi_avg_fn(decay)(ema_params, params, step)
-                for average, buffer in zip(ema.buffers(), model.buffers(), strict=True):
-                    average.copy_(buffer)                 # a codebook's counts
+                update_average(ema, model, decay, step)
         for optimizer in filter(None, optimizers.values()):
             optimizer.zero_grad(set_to_none=True)
 
         # log
-        if update_model and not bad:
-            watch.gradient(done, values["grad_norm"])
         if bad:
             log.line(done, {"skipped": bad})
             print0(f"step {done} skipped, not finite: {', '.join(bad)}")
-        elif log_now:
+        elif extra.logged(done) or done == args.steps:
             values["batch_psnr"] = 10 * math.log10(4 / max(values.pop("mse"), 1e-10))
             log.scalars(done, {**values, "lr": args.lr * factor})
             bar.set_postfix(loss=f"{values['loss']:.4f}", psnr=f"{values['batch_psnr']:.2f}")
+        if update_model and not bad:
+            watch.gradient(done, values["grad_norm"])
         if skipped == MAX_SKIPPED:
             saved = next(checkpoint.candidates(out), "none, as none was saved yet")
             print0(f"error: {skipped} steps in a row were not finite; lower --lr or set --clip, and go on "
                    f"with --resume. Last good checkpoint: {saved}")
             break
 
-    log.close()
-    replaced = set().union(*distributed.gather(broken))
-    if replaced:
-        print0(f"broken images, named above and replaced: {len(replaced)}")
-    ill = skipped == MAX_SKIPPED
-    if not ill:
-        end = f"stopped by a signal after step {step}, saved; go on with --resume:" if stopping else "done:"
-        print0(f"{end} {out / 'ckpt.pt'}")
-    distributed.cleanup()
-    if ill or stopping:
-        sys.exit(1 if ill else STOPPED)
+    finish(log, broken, skipped, stopping, step, out)
 
 
 if __name__ == "__main__":

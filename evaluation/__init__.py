@@ -1,1 +1,1 @@
-"""What is measured on a trained model."""
+"""What eval.py computes and shows."""

@@ -17,14 +17,15 @@ import argparse
 from typing import NamedTuple
 
 import torch
+from blocks import ResBlock, Upsample
 from torch import Tensor
 
 import data
-from blocks import ResBlock, Upsample
 from checkpoint import load_model
 from losses import l1_loss
 from model import Autoencoder, scale_config
 from optimizers import rate_scale
+from runtime import sources
 
 
 def rms(x: Tensor) -> float:
@@ -109,7 +110,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     model = load_model(args.checkpoint, args.raw)[0] if args.checkpoint else Autoencoder(scale_config("B"))
-    images = data.ValSet(data.open_source(args.data), args.res, args.count)
+    images = data.ValSet(sources.open_source(args.data), args.res, args.count)
     x = data.to_float(torch.stack([images[i][0] for i in range(len(images))]))
     print(table(feature_scales(model, x)))
 

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from discriminators import PatchGAN, UNetDiscriminator
-from gigagan import GigaGANDiscriminator
-from stylegan import StyleGANDiscriminator
 from synthetic import dead_leaves
+from variants.gigagan import GigaGANDiscriminator
+from variants.stylegan import StyleGANDiscriminator
 
 ROOT = Path(__file__).parents[1]
 # one of the smallest runs there are: 1.1M parameters, half a second

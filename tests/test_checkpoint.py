@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 import checkpoint
-from model import Autoencoder, AutoencoderConfig
+from model import Autoencoder
+from variants.build import build
+from variants.config import AutoencoderConfig
 
 # far from every default, so that a rebuilt network can only come of the file
 ODD = AutoencoderConfig(
@@ -24,7 +26,7 @@ ODD = AutoencoderConfig(
 def write(folder: Path, step: int = 3, keep: int = 0) -> tuple[dict, Autoencoder, Autoencoder]:
     """Save a tiny model and another one as its EMA; returns the state and both."""
     torch.manual_seed(step)
-    net, ema = Autoencoder(ODD), Autoencoder(ODD)
+    net, ema = build(ODD), build(ODD)
     weights = dict(model=net.state_dict(), ema=ema.state_dict())
     state = dict(step=step, config=asdict(ODD), args={"res": 16}, **weights)
     checkpoint.save(folder, state, keep)

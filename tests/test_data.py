@@ -23,8 +23,10 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 
 import data
 from data import BrokenImage, GlobalBatchSampler, TrainSet, ValSet, load_rgb, open_source
+from runtime import sources
 
-SHARED = Path(__file__).parents[2] / "shared"
+SHARED = Path(__file__).parents[2] / "shared"      # photographs, where there are some
+KNOWN = Path(__file__).parent / "known_answers.json"
 NAMES = ["a.png", "b/c.PNG", "b/d/e.bmp", "b/d/f.tiff", "g.webp", "h.TIF"]
 
 
@@ -63,11 +65,11 @@ def write_zip(path: Path, root: Path, compression: int = zipfile.ZIP_DEFLATED) -
     return path
 
 
-def contents(source: data.Source, side: int = 0) -> list[bytes]:
+def contents(source: sources.Source, side: int = 0) -> list[bytes]:
     return [source.read(i, side).tobytes() for i in range(min(len(source), 100))]
 
 
-def names(source: data.Source) -> list[str]:
+def names(source: sources.Source) -> list[str]:
     return [source.name(i) for i in range(len(source))]
 
 
@@ -214,9 +216,7 @@ def test_damaged_bytes_raise_nothing_else():
 
 def test_val_transform_has_the_known_pixels():
     """The 40 x 60 test picture at 32 has the pixels and the sum of vectors.json."""
-    if not (SHARED / "vectors.json").exists():
-        pytest.skip("no shared/vectors.json")
-    known = json.loads((SHARED / "vectors.json").read_text())["resize"]["PIL bicubic -> 32"]
+    known = json.loads(KNOWN.read_text())["resize"]["PIL bicubic -> 32"]
     y, x, c = np.ogrid[:40, :60, :3]
     image = Image.fromarray(((4 * x + 3 * y + 40 * c + (x * x + 2 * y * y) // 16) % 256).astype(np.uint8))
     pixels = np.asarray(data.val_transform(image, 32))
@@ -228,9 +228,7 @@ def test_val_transform_has_the_known_pixels():
 
 def test_bilinear_resize_has_the_known_pixels():
     """val_transform with resize="bilinear", against vectors.json."""
-    if not (SHARED / "vectors.json").exists():
-        pytest.skip("no shared/vectors.json")
-    known = json.loads((SHARED / "vectors.json").read_text())["resize"]["PIL bilinear -> 32"]
+    known = json.loads(KNOWN.read_text())["resize"]["PIL bilinear -> 32"]
     pixels = np.asarray(data.val_transform(Image.fromarray(image_a(40, 60)), 32, "bilinear"))
     assert pixels.astype(int).sum() == known["sum"]
     assert hashlib.sha256(pixels.tobytes()).hexdigest() == known["sha256 (Pillow 13.0.0)"]
@@ -452,13 +450,13 @@ def test_unreadable_folder_is_an_error(tmp_path, monkeypatch):
 def test_source_is_small(tmp_path):
     """100,000 files of ImageNet's names take under 8 MB, pickled for a spawned worker too."""
     entries = [(0, f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG", -1, 0) for i in range(100_000)]
-    assert len(pickle.dumps(data.FileSource("x", [("imagenet/train", "")], entries))) < 8e6
+    assert len(pickle.dumps(sources.FileSource("x", [("imagenet/train", "")], entries))) < 8e6
 
 
 # ---- held-out images and defaults --------------------------------------------------------------------------
 
 
-def split_names(source: data.Source, n: int = 256) -> tuple[set[str], set[str]]:
+def split_names(source: sources.Source, n: int = 256) -> tuple[set[str], set[str]]:
     train, val = data.split_val(source, n)
     return set(names(train)), set(names(val))
 
@@ -479,7 +477,7 @@ def test_held_out_images_are_not_trained_on(tmp_path):
 @pytest.mark.parametrize("count, held", [(2, 1), (7, 1), (8, 2), (39, 9), (41, 10), (100, 10)])
 def test_small_sources_give_a_quarter(count, held):
     """Ten images are held out where there are 40, a quarter below, and one at least."""
-    source = data.FileSource("x", [("", "")], [(0, f"{i}.png", -1, 0) for i in range(count)])
+    source = sources.FileSource("x", [("", "")], [(0, f"{i}.png", -1, 0) for i in range(count)])
     train, val = data.split_val(source, 10)
     assert (len(train), len(val)) == (count - held, held)
 

@@ -16,12 +16,12 @@ from discriminators import (
     DISCRIMINATORS,
     DownBlock,
     PatchGAN,
+    SpectralConv2d,
     UNetDiscriminator,
     UpBlock,
     check_size,
     update_spectral_norm,
 )
-from spectral_norm import SpectralConv2d
 
 
 def images(*shape: int) -> torch.Tensor:

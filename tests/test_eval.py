@@ -25,10 +25,9 @@ from torchvision.transforms.functional import center_crop
 
 import checkpoint
 import eval as script
-import fid
-import foreign
-import metrics
-import weights
+from evaluation import fid, metrics
+from runtime import weights
+from variants import foreign
 
 SCORES = ("psnr", "ssim", "ssim_7x7", "psnr_std", "psnr_pooled", "n")
 NAMES = ["a.png", "b/c.png", "b/d.PNG", "e.png", "f.png"]

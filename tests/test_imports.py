@@ -1,74 +1,87 @@
-"""Run: python -m pytest tests/test_imports.py. The import graph against a written table."""
+"""Run: python -m pytest tests/test_imports.py. The import graph, five floors high, and what the docs say."""
 
 import ast
 import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-import model
+from variants import sizes
 
 ROOT = Path(__file__).parents[1]
-GRAPH = {
-    "wavelets": set(),
-    "synthetic": set(),
-    "spectral_norm": set(),
-    "stylegan": {"wavelets"},
-    "gigagan": {"spectral_norm", "stylegan", "wavelets"},
-    "discriminators": {"gigagan", "spectral_norm", "stylegan"},
-    "regularisers": {"wavelets"},
-    "distributed": set(),
-    "cli": {"distributed"},
-    "data": {"synthetic"},
-    "blocks": set(),
-    "ablations": {"wavelets"},
-    "quantize": {"wavelets"},
-    "openlitevae": {"blocks", "wavelets"},
-    "model": {"ablations", "blocks", "openlitevae", "quantize", "wavelets"},
-    "weights": set(),
-    "losses": {"wavelets", "weights"},
-    "optional_losses": {"losses", "weights"},
-    "fid": {"distributed"},
-    "metrics": {"distributed", "fid"},
-    "report": set(),
-    "optimizers": {"distributed"},
-    "checkpoint": {"model"},
-    "foreign": {"model"},
-    "train": {"checkpoint", "cli", "data", "discriminators", "distributed", "losses", "metrics", "model",
-              "optimizers", "optional_losses", "quantize", "regularisers", "wavelets"},
-    "eval": {"checkpoint", "cli", "data", "distributed", "fid", "foreign", "metrics", "model", "report",
-             "weights"},
-}
+FLOORS = [  # a file imports from floors below its own, and within its floor in no circle
+    {"wavelets", "synthetic", "discriminators", "optimizers", "runtime"},
+    {"model", "losses", "data", "evaluation"},
+    {"variants"},
+    {"checkpoint"},
+    {"train", "eval", "analyze"},
+]
+FILES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
+         for folder in (".", "runtime", "evaluation", "variants") for path in (ROOT / folder).glob("*.py")}
+MODULES = {name for name in FILES if not name.endswith("__init__")}
+
+
+def statements(path: Path) -> list[ast.stmt]:
+    return [node for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, (ast.Import, ast.ImportFrom))]
 
 
 def imports(path: Path) -> set[str]:
-    """Modules of this repository that a file imports, inside functions too."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
-    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    return names & {file.stem for file in ROOT.glob("*.py")}
+    """Modules of this repository that a file imports."""
+    names = set()
+    for node in statements(path):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        else:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names & MODULES
 
 
-def test_import_graph():
-    """Every top-level file imports what the table says and no more, in no circle; scripts are leaves."""
-    graph = {path.stem: imports(path) for path in ROOT.glob("*.py")}
-    assert graph == GRAPH
-    assert len(list(TopologicalSorter(graph).static_order())) == len(GRAPH)   # raises CycleError on a circle
-    assert not {"train", "eval"} & set().union(*graph.values())
+def floor(module: str) -> int:
+    return next(i for i, names in enumerate(FLOORS) if module.split(".")[0] in names)
+
+
+def test_floors():
+    """Imports lead down or stay on a floor, in no circle; the core never imports variants."""
+    graph = {name: imports(FILES[name]) for name in MODULES}
+    for name, others in graph.items():
+        assert all(floor(other) <= floor(name) for other in others), (name, others)
+        assert floor(name) < 4 or not any(floor(other) == 4 for other in others), "nobody imports scripts"
+    assert len(list(TopologicalSorter(graph).static_order())) == len(MODULES)    # CycleError on a circle
+
+
+def test_no_import_is_deferred():
+    """All imports stand at the top of a file."""
+    for name, path in FILES.items():
+        top = [node for node in ast.parse(path.read_text()).body
+               if isinstance(node, (ast.Import, ast.ImportFrom))]
+        assert len(top) == len(statements(path)), name
+
+
+def test_every_file_has_a_docstring():
+    """The first line says what a file holds; a folder's __init__ has its definition and nothing else."""
+    for name, path in FILES.items():
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), name
+        assert not name.endswith("__init__") or len(tree.body) == 1, name
 
 
 def test_every_fault_of_the_peers_has_a_test():
-    """The 21 faults found by reading other trainers; each has one or more tests test_fault_<number>_..."""
-    text = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    """Each of the 21 faults of docs/faults.md has one or more tests test_fault_<number>_..."""
+    text = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     numbers = {int(n) for name in re.findall(r"^def test_fault((?:_\d\d)+)_", text, re.M)
                for n in name.split("_")[1:]}
     assert numbers == set(range(1, 22))
 
 
-def test_readme_is_true():
-    """The file map has every file, every link leads somewhere, and the table is what model.py prints."""
-    readme = (ROOT / "README.md").read_text()
-    links = set(re.findall(r"\]\(([\w./-]+)\)", readme))
-    assert {path.name for path in ROOT.glob("*.py")} <= links
-    assert all((ROOT / link).exists() for link in links)
-    assert model.table() in readme
-    assert all(f"`{path.stem}`" in readme for path in ROOT.glob("recipes/*.args"))
+def test_docs_are_true():
+    """The file map is whole, links lead somewhere, recipes are described, the sizes are those printed."""
+    docs = {path: path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+    for path, text in docs.items():
+        for link in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", text):
+            assert (path.parent / link).exists(), (path, link)
+    readme = docs[ROOT / "README.md"]
+    assert {path.name for path in ROOT.glob("*.py")} <= set(re.findall(r"\]\(([\w./-]+)\)", readme))
+    assert sizes.table() in docs[ROOT / "docs/sizes.md"]
+    for path in ROOT.glob("recipes/**/*.args"):
+        name = path.relative_to(ROOT / "recipes").with_suffix("")
+        assert f"`{name}`" in docs[ROOT / "docs/recipes.md"], name

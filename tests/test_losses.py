@@ -17,9 +17,12 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 import losses
-from model import Autoencoder, AutoencoderConfig
+from runtime import weights
+from variants import adaptive, regularisers
+from variants.build import build
+from variants.config import AutoencoderConfig
 
-VECTORS = Path(__file__).parents[2] / "shared" / "vectors.json"
+VECTORS = Path(__file__).parent / "known_answers.json"
 IMAGE_TERMS = [losses.l1_loss, losses.l2_loss, losses.wavelet_loss, losses.gaussian_loss]
 
 
@@ -189,8 +192,8 @@ def every_term() -> list[torch.Tensor]:
     values = [term(x, recon) for term in IMAGE_TERMS] + [losses.kl_loss(recon, recon)]
     for kind in ("hinge", "logistic"):
         values += [losses.disc_loss(kind, logits, logits), losses.adv_loss(kind, logits)]
-    mask = losses.cutmix_mask(torch.rand(2, 4, generator=torch.Generator().manual_seed(0)), 16, 16)
-    return [*values, losses.cutmix_loss(mask, recon, 2 * recon, 3 * recon)]
+    mask = regularisers.cutmix_mask(torch.rand(2, 4, generator=torch.Generator().manual_seed(0)), 16, 16)
+    return [*values, regularisers.cutmix_loss(mask, recon, 2 * recon, 3 * recon)]
 
 
 def test_terms_are_fp32_under_autocast():
@@ -252,9 +255,9 @@ def test_cutmix_mask_by_hand():
     box, corner = torch.zeros(8, 8), torch.zeros(8, 8)
     box[2:6, 2:6], corner[:2, 6:] = 1, 1
     rows = [[0.75, 0.5, 0.5, 0.9], [0.75, 0.0, 1.0, 0.9], [0.75, 0.5, 0.5, 0.1]]
-    masks = losses.cutmix_mask(torch.tensor(rows), 8, 8)
+    masks = regularisers.cutmix_mask(torch.tensor(rows), 8, 8)
     assert torch.equal(masks, torch.stack([box, corner, 1 - box])[:, None])
-    wide = losses.cutmix_mask(torch.tensor(rows[:1]), 4, 8)      # both sides are halved
+    wide = regularisers.cutmix_mask(torch.tensor(rows[:1]), 4, 8)      # both sides are halved
     assert wide.sum() == 2 * 4 and wide[0, 0, 1:3, 2:6].all()
 
 
@@ -264,7 +267,7 @@ def test_cutmix_mask_statistics():
     A side s = sqrt(t), t = 1 - lambda, keeps s - s^2 / 4 inside on average; E (s - s^2 / 4)^2 over t.
     """
     uniform = torch.rand(4000, 4, generator=torch.Generator().manual_seed(0))
-    masks = losses.cutmix_mask(uniform, 24, 24)
+    masks = regularisers.cutmix_mask(uniform, 24, 24)
     assert masks.shape == (4000, 1, 24, 24) and masks.unique().tolist() == [0.0, 1.0]
     inverted = uniform[:, 3] < 0.5
     boxes = torch.where(inverted[:, None, None, None], 1 - masks, masks)
@@ -279,7 +282,7 @@ def test_cutmix_loss_by_hand():
     """Mask 1, 0 takes D(x) = 2, then D(recon) = 3; D(mix) = 1, 5 misses by 1 and 2: mean square 2.5."""
     mask, mixed = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 5.0], requires_grad=True)
     real, fake = torch.tensor([2.0, 5.0], requires_grad=True), torch.tensor([7.0, 3.0], requires_grad=True)
-    loss = losses.cutmix_loss(mask, mixed, real, fake)
+    loss = regularisers.cutmix_loss(mask, mixed, real, fake)
     assert loss.item() == 2.5
     loss.backward()                                              # the target is not detached, as published
     assert mixed.grad.tolist() == [-1.0, 2.0]
@@ -296,12 +299,12 @@ def test_last_layer_gradient_equals_autograd(output, bf16):
     """The rerun of the last layer gives what a backward through the model gives, and leaves no .grad."""
     torch.manual_seed(0)
     small = dict(extractor_channels=4, extractor_mult=(1,), aggregator_channels=4, aggregator_mult=(1,))
-    net = Autoencoder(AutoencoderConfig(decoder_channels=8, decoder_blocks=1, output=output, **small))
+    net = build(AutoencoderConfig(decoder_channels=8, decoder_blocks=1, output=output, **small))
     x, _ = pair(2, 3, 16, 24)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         recon, _, features = net(x, with_features=True)
         loss = losses.l1_loss(x, recon) + losses.wavelet_loss(x, recon)
-        grad = losses.last_layer_gradient(loss, recon, features, net.decoder)
+        grad = adaptive.last_layer_gradient(loss, recon, features, net.decoder)
     assert all(parameter.grad is None for parameter in net.parameters())
     loss.backward()                                              # the graph is still there
     expected = net.decoder.conv_out.weight.grad
@@ -312,9 +315,9 @@ def test_last_layer_gradient_equals_autograd(output, bf16):
 def test_adaptive_weight_by_hand():
     """Norms 5 and 0.5: 5 / 0.5001; a vanishing adversarial gradient stops at 1e4."""
     rec, adv = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.3, -0.4]])
-    assert losses.adaptive_weight(rec, adv).item() == pytest.approx(5 / 0.5001, rel=1e-6)
-    assert losses.adaptive_weight(rec, 0 * adv).item() == 1e4
-    assert losses.adaptive_weight(0 * rec, adv).item() == 0.0
+    assert adaptive.adaptive_weight(rec, adv).item() == pytest.approx(5 / 0.5001, rel=1e-6)
+    assert adaptive.adaptive_weight(rec, 0 * adv).item() == 1e4
+    assert adaptive.adaptive_weight(0 * rec, adv).item() == 0.0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -374,13 +377,11 @@ def vgg_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def perceptual(vgg_file) -> losses.LPIPS:
-    return losses.LPIPS(losses.load_vgg(str(vgg_file)))
+    return losses.LPIPS(weights.load_vgg(str(vgg_file)))
 
 
 def test_lpips_known_answer(perceptual):
     """The stored LPIPS (VGG, v0.1) of two formula images, to 1e-4; identical images are 0 apart."""
-    if not VECTORS.exists():
-        pytest.skip(f"no {VECTORS.name} beside the checkout")
     known = json.loads(VECTORS.read_text())["fake_weight_networks"]["lpips"]["vgg"]
     bias = perceptual.lpips.net.slice1.get_submodule("0").bias
     assert bias[0].item() == pytest.approx(known["first weight value features.0.bias"], rel=1e-5)
@@ -444,14 +445,14 @@ def test_lpips_under_autocast(perceptual):
 def test_load_vgg_takes_other_layouts(form, vgg_file, tmp_path):
     """Bare layer numbers, and torchvision's whole file with its classifier, are the same features."""
     weights = torch.load(vgg_file, weights_only=True)
-    expected = losses.load_vgg(str(vgg_file))
+    expected = weights.load_vgg(str(vgg_file))
     assert {name: tuple(weight.shape) for name, weight in expected.items()} == vgg16_shapes()
     if form == "N.*":
         weights = {name.removeprefix("features."): weight for name, weight in weights.items()}
     else:
         weights |= {"classifier.0.weight": torch.zeros(2, 2), "classifier.0.bias": torch.zeros(2)}
     torch.save(weights, tmp_path / "other.pth")
-    loaded = losses.load_vgg(str(tmp_path / "other.pth"))
+    loaded = weights.load_vgg(str(tmp_path / "other.pth"))
     assert all(torch.equal(loaded[name], expected[name]) for name in vgg16_shapes())
 
 
@@ -478,7 +479,7 @@ def test_bad_vgg_files_are_one_clear_line(content, tmp_path):
     elif content is not None:
         torch.save(content, path)
     with pytest.raises(ValueError) as error:
-        losses.load_vgg(str(path))
+        weights.load_vgg(str(path))
     assert_one_line(error.value, path)
 
 
@@ -501,7 +502,7 @@ def test_failed_download_is_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
     before = socket.getdefaulttimeout()
     with pytest.raises(ValueError, match="no route to host") as error:
-        losses.load_vgg(timeout=7.0)
+        weights.load_vgg(timeout=7.0)
     assert_one_line(error.value, tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth")
     assert timeouts == [7.0] and socket.getdefaulttimeout() == before
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -517,5 +518,5 @@ def test_download_happens_once(vgg_file, tmp_path, monkeypatch):
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
-    first, second = losses.load_vgg(), losses.load_vgg()
+    first, second = weights.load_vgg(), weights.load_vgg()
     assert len(calls) == 1 and torch.equal(first["28.bias"], second["28.bias"])

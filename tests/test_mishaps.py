@@ -25,6 +25,7 @@ import checkpoint
 import data
 import losses
 import train
+from runtime import sources
 
 # 12 steps with everything that has a state, saved after each second, validated after each third
 FLAGS = (f"--data synthetic {SMALL} --res 64 --disc unet-s --cutmix 0.5 --steps 12 --batch-size 1 --lr 1e-3 "
@@ -406,7 +407,7 @@ def test_a_third_of_the_files_is_broken(tmp_path):
     """12 kinds among 40 files: each is named once and replaced, the run ends, and resumes exactly."""
     names = broken_files(tmp_path / "files")
     write_images(tmp_path / "files", [f"more/{i}.jpg" for i in range(24)])
-    assert len(names) == 12 and len(data.open_source(str(tmp_path / "files"))) == 40
+    assert len(names) == 12 and len(sources.open_source(str(tmp_path / "files"))) == 40
     flags = (f"--data {tmp_path}/files --val-data synthetic {SMALL} --val-count 1 --steps 14 --batch-size 4 "
              f"--save-every 3 --num-workers 1")
     assert run(tmp_path / "whole", flags) == 0
@@ -424,14 +425,14 @@ def test_file_deleted_and_forbidden_in_mid_run(tmp_path):
     write_images(tmp_path / "files", [f"{i}.png" for i in range(6)])
 
     def prepare() -> None:
-        real = data._read_file
+        real = sources._read_file
 
         def read_file(path: str) -> bytes:
             if path.endswith("1.png"):
                 raise PermissionError(13, "Permission denied")
             return real(path)
 
-        data._read_file = read_file
+        sources._read_file = read_file
         factor = train.lr_factor
         train.lr_factor = lambda step, *rest: (step == 1 and os.remove(tmp_path / "files/2.png"),
                                                factor(step, *rest))[1]
@@ -472,7 +473,7 @@ def test_worker_that_dies(tmp_path, death, words):
 
 
 def refuse(content: bytes):
-    raise data.BrokenImage("made unreadable")
+    raise sources.BrokenImage("made unreadable")
 
 
 # ---- phases and nodes --------------------------------------------------------------------------------------

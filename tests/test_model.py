@@ -11,18 +11,18 @@ from diffusers import AutoencoderKL
 from scipy.signal import correlate2d
 from torch import nn
 
-import model
 from model import (
     Autoencoder,
-    AutoencoderConfig,
     Decoder,
     LiteVAEEncoder,
     ResBlock,
     SelfModulatedConv2d,
     count_macs,
     count_parameters,
-    scale_config,
 )
+from variants import sizes
+from variants.build import build
+from variants.config import AutoencoderConfig, scale_config
 
 SCALES = ("S", "B", "M", "L")
 GROUP = dict(decoder_norm="group", decoder_attention=True)
@@ -44,7 +44,7 @@ VARIANTS = {
 def tiny(**options) -> Autoencoder:
     """A small model with random parameters, those that start at 0 or 1 too, so that no path is closed."""
     torch.manual_seed(0)
-    net = Autoencoder(AutoencoderConfig(**TINY | options))
+    net = build(AutoencoderConfig(**TINY | options))
     with torch.no_grad():
         for parameter in net.parameters():
             if parameter.ndim == 4:
@@ -160,14 +160,14 @@ def test_whole_litevae_parameters():
     """LiteVAE with the decoder of the paper's tables (group norm, attention), and its optional 1x1 convs."""
     for scale, total in zip(SCALES, (50_565_055, 56_282_303, 82_281_791, 90_958_655), strict=True):
         with torch.device("meta"):
-            assert count_parameters(Autoencoder(scale_config(scale, **GROUP))) == total
-            assert count_parameters(Autoencoder(scale_config(scale, conv1x1=True, **GROUP))) == total + 756
+            assert count_parameters(build(scale_config(scale, **GROUP))) == total
+            assert count_parameters(build(scale_config(scale, conv1x1=True, **GROUP))) == total + 756
 
 
 def test_table_prints_the_exact_integers():
     """`python model.py` prints parameters, MACs at 256 and latent shape of every preset, in full digits."""
-    rows = {line.split()[0]: line.replace(",", "").split()[1:] for line in model.table().splitlines()[2:]}
-    assert list(rows) == list(model.PRESETS)
+    rows = {line.split()[0]: line.replace(",", "").split()[1:] for line in sizes.table().splitlines()[2:]}
+    assert list(rows) == list(sizes.PRESETS)
     for scale in SCALES:
         encoder = LITEVAE[scale][0], LITEVAE_MACS[scale][1]
         expected = [encoder[0], 48_464_287, encoder[1], SD_MACS[12][2], "12x32x32", PAPER[scale], "-"]
@@ -223,7 +223,7 @@ def pair_with_diffusers(base: int, dtype: torch.dtype) -> tuple[Autoencoder, Aut
     source = peer.state_dict()
     options = dict(sd_channels=base, decoder_channels=base, latent_channels=4)
     with torch.device("meta"):
-        ours = Autoencoder(AutoencoderConfig(encoder="sd", conv1x1=True, **options, **GROUP))
+        ours = build(AutoencoderConfig(encoder="sd", conv1x1=True, **options, **GROUP))
     weights = {}
     for name, parameter in ours.state_dict().items():
         keys = [diffusers_key(name)]
@@ -559,7 +559,7 @@ def test_half_precision_models_run(dtype, bound, variant):
 def test_unets_start_as_linear_maps():
     """Second convolutions start at 0: the first mean is a linear function of the image; sigma is 0.05."""
     torch.manual_seed(0)
-    net = Autoencoder(scale_config("S", decoder_channels=8)).double().requires_grad_(False)
+    net = build(scale_config("S", decoder_channels=8)).double().requires_grad_(False)
     x, y = images(2, 1, 3, 32, 32, dtype=torch.float64)
     (a, logvar), (b, _), (mixed, _) = net.encode(x), net.encode(y), net.encode(0.7 * x - 0.4 * y)
     assert max_error(mixed, 0.7 * a - 0.4 * b) < 1e-15 and a.std() > 0.02
@@ -569,7 +569,7 @@ def test_unets_start_as_linear_maps():
 def test_smc_decoder_starts_at_the_size_of_its_input():
     """N(0, 1) latents come out with a deviation of order 1, where torch's own initialisation leaves 0.025."""
     torch.manual_seed(0)
-    net = Autoencoder(scale_config("S", decoder_channels=32)).requires_grad_(False)
+    net = build(scale_config("S", decoder_channels=32)).requires_grad_(False)
     assert 0.5 < net.decode(torch.randn(2, 12, 8, 8)).std() < 2.0
 
 
@@ -591,10 +591,10 @@ def test_scales_are_table_2a():
     assert scale_config("S", latent_channels=4).latent_channels == 4
 
 
-@pytest.mark.parametrize("name", model.PRESETS)
+@pytest.mark.parametrize("name", sizes.PRESETS)
 def test_config_survives_a_checkpoint(name, tmp_path):
     """asdict gives plain values that weights_only loading takes and that rebuild an equal config."""
-    config = model.PRESETS[name]
+    config = sizes.PRESETS[name]
     torch.save(asdict(config), tmp_path / "config.pt")
     assert AutoencoderConfig(**torch.load(tmp_path / "config.pt", weights_only=True)) == config
 

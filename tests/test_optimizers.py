@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.optim import _muon
 from torch.utils.flop_counter import FlopCounterMode
 
-import distributed
 import optimizers
-from model import Autoencoder, scale_config
+from runtime import distributed
+from variants.build import build
+from variants.config import scale_config
 
 SHAPES = [(3, 40), (16, 16), (40, 3), (64, 576)]
 
@@ -106,7 +107,7 @@ def test_a_convolution_is_a_matrix():
 def test_who_trains_what():
     """Of LiteVAE-B, Muon has the weights of all convolutions but the first and last of each network."""
     with torch.device("meta"):
-        model = Autoencoder(scale_config("B"))
+        model = build(scale_config("B"))
     names = {id(p): name for name, p in model.named_parameters()}
     inner, others = ([names[id(p)] for p in part] for part in optimizers.split_parameters(model))
     assert sorted(inner + others) == sorted(names.values())

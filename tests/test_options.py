@@ -9,8 +9,7 @@ from conftest import SMALL, Run, call, equal, torchrun, train_in
 from torch import Tensor
 from torchvision.models.vgg import cfgs, make_layers
 
-import optional_losses
-import quantize
+from variants import perceptual, quantize
 
 NETS = ("model", "ema", "disc", "lecam", "opt", "opt_disc")
 
@@ -207,7 +206,7 @@ def files(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     vgg = {f"features.{key}": w for key, w in make_layers(cfgs["E"]).state_dict().items()}
     torch.save(vgg, folder / "vgg19.pth")
-    moco = {f"module.encoder_q.{key}": w for key, w in optional_losses.moco_net().state_dict().items()}
+    moco = {f"module.encoder_q.{key}": w for key, w in perceptual.moco_net().state_dict().items()}
     torch.save({"state_dict": moco}, folder / "moco.pth")
     return folder
 

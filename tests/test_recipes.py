@@ -17,15 +17,16 @@ import torch
 from conftest import ROOT, SMALL_DISCS, Run, call
 from torchvision.models.vgg import cfgs, make_layers
 
-import model
-import optional_losses
 import train
-from discriminators import DISCRIMINATORS, check_size
-from model import Autoencoder, count_macs, count_parameters
+from discriminators import check_size
+from model import count_macs, count_parameters
+from variants import perceptual, sizes
+from variants.build import DISCRIMINATORS, build
 
-RECIPES = sorted(path.stem for path in (ROOT / "recipes").iterdir())
-FAMILIES = ("litevae-b-128", "sd-kl-f8", "transfusion-f8d8", "open-litevae-b3", "vq-f8",
-            "paper-table8-adaptive")
+FOLDER = ROOT / "recipes"
+RECIPES = sorted(str(path.relative_to(FOLDER).with_suffix("")) for path in FOLDER.rglob("*.args"))
+FAMILIES = ("litevae-b-128", "peers/sd-kl-f8", "peers/transfusion-f8d8", "peers/open-litevae-b3",
+            "peers/vq-f8", "paper/table8-adaptive")
 ALL = [pytest.param(name, marks=[] if name in FAMILIES else pytest.mark.slow) for name in RECIPES]
 SOURCE = r"arXiv \d{4}\.\d{5}|open-LiteVAE|stabilityai/|lavinal712/AutoencoderKL|The demo"
 
@@ -115,7 +116,8 @@ def test_outputs_differ():
     """No recipe writes where another does, and most are called after themselves."""
     outs = {name: parse(name).out for name in RECIPES}
     assert len(set(outs.values())) == len(RECIPES)
-    assert all(out == f"out/{name}" for name, out in outs.items())
+    assert all(out == "out/" + name.replace("paper/", "paper-").removeprefix("peers/")
+               for name, out in outs.items())
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "litevae-b-128"])
@@ -164,8 +166,8 @@ def test_second_phase_finds_its_first(name):
 
 def test_kl_weights():
     """LDM's 1e-6 on sums over latent and pixels is 1e-6 n_z h w / (3 H W) on means."""
-    for name, nz, f in (("litevae-b-128", 12, 8), ("sd-kl-f8", 4, 8), ("sd-kl-f4", 3, 4),
-                        ("transfusion-f8d8", 8, 8), ("paper-table1-imagenet128-nz4-litevae", 4, 8)):
+    for name, nz, f in (("litevae-b-128", 12, 8), ("peers/sd-kl-f8", 4, 8), ("peers/sd-kl-f4", 3, 4),
+                        ("peers/transfusion-f8d8", 8, 8), ("paper/table1-imagenet128-nz4-litevae", 4, 8)):
         assert parse(name).latent_channels == nz and parse(name).levels == round(math.log2(f))
         assert parse(name).kl_weight == pytest.approx(1e-6 * nz / (3 * f * f), rel=2e-3)
 
@@ -184,29 +186,29 @@ SIZES = [
     ("litevae-m-128", 32_754_748, SMC),
     ("litevae-l-128", 41_431_612, SMC),
     ("demo", 1_038_012, 423_871),                           # the decoder's is ours
-    ("sd-(kl-f8.*|ft-.*)", 34_163_592, GN4),
-    ("sd-kl-f4", 22_337_411 + 3 * 4609, GN3_F4),            # ours: LDM's code was not counted at f4
-    ("transfusion-f8d8", 34_200_464, GN8),
-    ("vq-f8.*", 34_163_592 - 4 * 4609, GN4),                # no log-variance: 4 outputs of 512 * 9 + 1 less
-    ("vq-f4", 22_337_411, GN3_F4),
-    ("open-litevae-.*", 6_623_036, 53_332_642),
-    ("paper-table2-s", 1_038_012, GN12),
-    ("paper-table2-m", 32_754_748, GN12),
-    ("paper-table2-l", 41_431_612, GN12),
-    ("paper-table(2-b|1-imagenet256-nz12-litevae|8-.*|9-.*|10-.*|14-.*|15-.*|16-.*)", 6_755_260, GN12),
-    ("paper-g-dropout", 6_755_260, GN12),
-    ("paper-table(2-vae|1-imagenet256-nz12-vae)", 34_237_336, GN12),
-    ("paper-table(1-.*-nz4-litevae|5-.*|17-.*)", B4, GN4),
-    ("paper-table(1-.*-nz4-vae|22-.*)", 34_163_592, GN4),
-    ("paper-table4-smc", 6_755_260, SMC),
-    ("paper-b-dwt-.*", 0, GN12),
-    ("paper-b-dwt2", 0, GN4 + 44 * 512 * 9),
-    ("paper-d3-nafnet", 3_611_260, GN12),                   # ours, test_ablations.py
-    ("paper-d4-shared", B4 - 2 * EXTRACTOR, GN4),
-    ("paper-d5-vit", 858_264 + 3 * EXTRACTOR, GN12),        # ours, test_ablations.py
-    ("paper-d6-last2", B4 - EXTRACTOR - 12 * 9 * 32, GN4),
-    ("paper-g-downsample", 41_425_284, GN4),
-    ("paper-g-wavelet-output", 6_755_260, SMC_WAVELET),
+    ("peers/sd-(kl-f8.*|ft-.*)", 34_163_592, GN4),
+    ("peers/sd-kl-f4", 22_337_411 + 3 * 4609, GN3_F4),            # ours: LDM's code was not counted at f4
+    ("peers/transfusion-f8d8", 34_200_464, GN8),
+    ("peers/vq-f8.*", 34_163_592 - 4 * 4609, GN4),          # no log-variance: 4 outputs of 512 * 9 + 1 less
+    ("peers/vq-f4", 22_337_411, GN3_F4),
+    ("peers/open-litevae-.*", 6_623_036, 53_332_642),
+    ("paper/table2-s", 1_038_012, GN12),
+    ("paper/table2-m", 32_754_748, GN12),
+    ("paper/table2-l", 41_431_612, GN12),
+    ("paper/table(2-b|1-imagenet256-nz12-litevae|8-.*|9-.*|10-.*|14-.*|15-.*|16-.*)", 6_755_260, GN12),
+    ("paper/g-dropout", 6_755_260, GN12),
+    ("paper/table(2-vae|1-imagenet256-nz12-vae)", 34_237_336, GN12),
+    ("paper/table(1-.*-nz4-litevae|5-.*|17-.*)", B4, GN4),
+    ("paper/table(1-.*-nz4-vae|22-.*)", 34_163_592, GN4),
+    ("paper/table4-smc", 6_755_260, SMC),
+    ("paper/b-dwt-.*", 0, GN12),
+    ("paper/b-dwt2", 0, GN4 + 44 * 512 * 9),
+    ("paper/d3-nafnet", 3_611_260, GN12),                   # ours, test_ablations.py
+    ("paper/d4-shared", B4 - 2 * EXTRACTOR, GN4),
+    ("paper/d5-vit", 858_264 + 3 * EXTRACTOR, GN12),        # ours, test_ablations.py
+    ("paper/d6-last2", B4 - EXTRACTOR - 12 * 9 * 32, GN4),
+    ("paper/g-downsample", 41_425_284, GN4),
+    ("paper/g-wavelet-output", 6_755_260, SMC_WAVELET),
 ]
 # at the size of their recipes; GigaGAN's is ours, beside the published 14,388,452 (gigagan.py says why)
 DISCS = {"patch": 2_765_633, "unet-s": 2_757_058, "unet-m": 11_020_674, "unet-l": 44_067_586,
@@ -222,7 +224,7 @@ def test_exact_sizes(name):
     """Encoder, decoder and discriminator have the sizes of the table above; a recipe is in one row of it."""
     args = parse(name)
     with torch.device("meta"):
-        net = Autoencoder(train.build_config(args))
+        net = build(train.build_config(args))
         disc = None if args.disc == "none" else DISCRIMINATORS[args.disc](args.in_channels, args.res)
     rows = [sizes for pattern, *sizes in SIZES if re.fullmatch(pattern, name)]
     assert rows == [[count_parameters(net.encoder), count_parameters(net.decoder)]]
@@ -242,15 +244,15 @@ def test_every_discriminator_is_somebodys():
 
 @pytest.mark.slow
 def test_architectures_are_in_the_table():
-    """`python model.py` has each recipe's encoder and its decoder, parameters and MACs at 256."""
-    rows = [line.split() for line in model.table().splitlines()[2:]]
+    """`python -m variants.sizes` has each recipe's encoder and its decoder, parameters and MACs at 256."""
+    rows = [line.split() for line in sizes.table().splitlines()[2:]]
     encoders = {thousand(row[1]): thousand(row[3]) for row in rows}
     decoders = {thousand(row[2]): thousand(row[4]) for row in rows}
     counted = set()
     for config in {train.build_config(parse(name)) for name in RECIPES}:
         bound = config.resolution and 256
         with torch.device("meta"):
-            net = Autoencoder(dataclasses.replace(config, resolution=bound, dropout=0.0))
+            net = build(dataclasses.replace(config, resolution=bound, dropout=0.0))
         nz, side = config.latent_channels, 256 // config.downsample_factor
         for part, macs, shape in ((net.encoder, encoders, (3, 256, 256)),
                                   (net.decoder, decoders, (nz, side, side))):
@@ -272,7 +274,7 @@ def files(tmp_path_factory) -> str:
     for name, layers in (("vgg", "D"), ("vgg19", "E")):
         weights = make_layers(cfgs[layers]).state_dict()
         torch.save({f"features.{key}": w for key, w in weights.items()}, folder / f"{name}.pth")
-    moco = {f"module.encoder_q.{key}": w for key, w in optional_losses.moco_net().state_dict().items()}
+    moco = {f"module.encoder_q.{key}": w for key, w in perceptual.moco_net().state_dict().items()}
     torch.save({"state_dict": moco}, folder / "moco.pth")
     return " ".join(f"--{name}-file {folder}/{name}.pth" for name in ("vgg", "vgg19", "moco"))
 
@@ -362,7 +364,7 @@ def test_recipe_trains(name, place, files, thin):
 def plan(args) -> list:
     """Names and shapes of all tensors, the discriminator's too, and the rates by which they learn."""
     with torch.device("meta"):
-        net = Autoencoder(train.build_config(args))
+        net = build(train.build_config(args))
         disc = None if args.disc == "none" else DISCRIMINATORS[args.disc](args.in_channels, args.res)
     parts = [{key: tensor.shape for key, tensor in part.state_dict().items()} for part in (net, disc) if part]
     steps = (0, 500, args.steps // 2, args.steps - 1)

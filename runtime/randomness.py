@@ -1,0 +1,12 @@
+"""Random streams that are pure functions of (seed, step, purpose), so that resuming needs only the step."""
+
+import numpy as np
+import torch
+
+NOISE, CUTMIX, REVIVAL, DROPOUT = range(4)   # purposes; DROPOUT + row comes last
+
+
+def seeded(seed: int, step: int, purpose: int) -> torch.Generator:
+    """A CPU generator for one purpose in one step."""
+    key = np.random.SeedSequence([seed, step, purpose]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(key[0]))

@@ -1,0 +1,271 @@
+"""Reading images from folders, archives and the generator: `open_source` lists them, a source reads one.
+
+A source has a length, names, and `read(i, side)`, which gives an RGB image or raises BrokenImage.
+"""
+
+import copy
+import glob
+import hashlib
+import io
+import os
+import re
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from synthetic import dead_leaves
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")    # in any case: ImageNet has .JPEG
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")    # by content: one .JPEG of ImageNet is a PNG
+MAX_PIXELS = 89_478_485    # above it: a decompression bomb; Pillow's limit, at which it only warns
+HELD_OUT = 1               # seed of the synthetic images to validate on; 0 is trained on
+
+
+class BrokenImage(ValueError):
+    """A file that cannot be used as an image; the message says why in one line."""
+
+
+def load_rgb(file: str | Path | BinaryIO | bytes) -> Image.Image:
+    """Decode an image to 8-bit RGB, the same way for training and evaluation.
+
+    8-bit RGB stays as it is; grey, palette and CMYK are converted; 16-bit grey is divided by 257; alpha is
+    laid over white. EXIF orientation is ignored, as it is in the published ImageNet protocols.
+    Raises BrokenImage for whatever cannot be decoded, truncated files and decompression bombs among them.
+    """
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
+            return _to_rgb(image)
+    except UnidentifiedImageError as error:    # its own message is a memory address
+        raise BrokenImage(f"not one of {', '.join(FORMATS)}") from error
+    except Exception as error:    # on damaged bytes Pillow's decoders raise nearly every type
+        raise BrokenImage(" ".join(str(error).split()) or repr(error)) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} is more than {MAX_PIXELS} pixels")
+    if image.mode == "F":
+        raise ValueError("float pixels have no fixed range; store 8 or 16 bits")
+    if image.mode.startswith("I"):
+        grey = np.asarray(image)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError(f"pixels {grey.min()}..{grey.max()} are not 16-bit; store 8 or 16 bits")
+        image = Image.fromarray(np.round(grey / 257).astype(np.uint8))    # Pillow alone would clip at 255
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+class FileSource:
+    """Images in folders and archives as one flat list, read in any order.
+
+    roots: (folder, archive in it or ""); entries: (root number, name, offset, size), offset -1 for a file.
+    They are kept in two arrays, since forked workers copy a list of strings as soon as they touch it: the
+    1.28M files of ImageNet take 70 MB once. No file stays open: workers may fork or spawn, tars may be many.
+    """
+
+    def __init__(self, spec: str, roots: Sequence[tuple[str, str]],
+                 entries: Sequence[tuple[int, str, int, int]]):
+        self.spec, self.roots = spec, roots
+        self.names = np.array([os.fsencode(name) for _, name, _, _ in entries])
+        self.table = np.array([(root, offset, size) for root, _, offset, size in entries])
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def select(self, indices: Sequence[int]) -> "FileSource":
+        """A source of these images only."""
+        view = copy.copy(self)
+        view.names, view.table = self.names[indices], self.table[indices]
+        return view
+
+    def name(self, i: int) -> str:
+        """What image i is called wherever the data lies: its path in its folder, or archive/path."""
+        return os.path.join(self.roots[self.table[i, 0]][1], os.fsdecode(self.names[i]))
+
+    def path(self, i: int) -> str:
+        """Where image i is, for messages."""
+        return os.path.join(self.roots[self.table[i, 0]][0], self.name(i))
+
+    def read(self, i: int, side: int) -> Image.Image:
+        """Image i as RGB in its own size (`side` is for pictures made to measure); raises BrokenImage."""
+        root, offset, size = self.table[i].tolist()
+        try:
+            if offset < 0:
+                data = _read_file(self.path(i))
+            else:
+                data = _read_member(os.path.join(*self.roots[root]), offset, size)
+        except (OSError, zlib.error) as error:
+            raise BrokenImage(getattr(error, "strerror", None) or str(error)) from error
+        return load_rgb(data)
+
+
+class SyntheticSource:
+    """Dead-leaves images (synthetic.py): image i is a pure function of (seed, i) and the side asked for."""
+
+    spec = "synthetic"
+
+    def __init__(self, seed: int = 0, count: int = 1_000_000):
+        self.seed, self.count = seed, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def name(self, i: int) -> str:
+        """What image i is called, also in messages."""
+        return f"synthetic/{self.seed}/{i}"
+
+    path = name
+
+    def read(self, i: int, side: int) -> Image.Image:
+        """Image i, side x side."""
+        return Image.fromarray(dead_leaves(self.seed, i, side))
+
+
+Source = FileSource | SyntheticSource
+
+
+def open_source(spec: str, held_out: bool = False) -> Source:
+    """The images behind a --data value: folders at any depth, image files, .tar, .zip; commas join several.
+
+    Takes globs and ranges such as train-{0000..0252}.tar; the word synthetic stands for dead-leaves images,
+    with held_out for those that are never trained on. Raises ValueError, one line, when something is missing,
+    damaged, or holds no image.
+    """
+    if spec == "synthetic":
+        return SyntheticSource(HELD_OUT if held_out else 0)
+    roots: dict[tuple[str, str], int] = {}
+    entries: list[tuple[int, str, int, int]] = []
+    try:
+        for path in _expand(spec):
+            root, members = _index(path)
+            number = roots.setdefault(root, len(roots))
+            entries += [(number, *member) for member in sorted(members)]
+    except OSError as error:
+        raise ValueError(f"data source {spec!r}: {error.strerror}: {error.filename!r}") from error
+    except (ValueError, tarfile.TarError, zipfile.BadZipFile) as error:
+        raise ValueError(f"data source {spec!r}: {error}") from error
+    if not entries:
+        raise ValueError(f"data source {spec!r} holds no image ({' '.join(EXTENSIONS)}); archives in a "
+                         "folder are given as folder/*.tar, and synthetic needs no files")
+    return FileSource(spec, list(roots), entries)
+
+
+def _expand(spec: str) -> list[str]:
+    """Split at commas, count through ranges, then glob; what exists under its literal name is left alone."""
+    paths = []
+    for part in [spec] if os.path.exists(spec) else spec.split(","):
+        for pattern in _expand_ranges(os.path.expanduser(part.strip())):
+            found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+            if not found:
+                raise ValueError(f"no {pattern!r}; give folders, images, .tar, .zip, or synthetic alone")
+            paths += found
+    return paths
+
+
+def _expand_ranges(pattern: str) -> list[str]:
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if os.path.exists(pattern) or not match:
+        return [pattern]
+    head, tail = pattern[:match.start()], pattern[match.end():]
+    numbers = range(int(match[1]), int(match[2]) + 1)
+    return [path for n in numbers for path in _expand_ranges(f"{head}{n:0{len(match[1])}}{tail}")]
+
+
+def _index(path: str) -> tuple[tuple[str, str], list[tuple[str, int, int]]]:
+    """The root (folder, archive) and its images (name, offset, size)."""
+    if os.path.isdir(path):
+        return (path, ""), _index_folder(path)
+    if path.lower().endswith(".tar"):
+        return os.path.split(path), _index_tar(path)
+    if path.lower().endswith(".zip"):
+        return os.path.split(path), _index_zip(path)
+    if path.lower().endswith(EXTENSIONS):
+        return (os.path.dirname(path), ""), [(os.path.basename(path), -1, 0)]
+    raise ValueError(f"{path!r} is no folder, .tar, .zip or image ({' '.join(EXTENSIONS)})")
+
+
+def _is_image(name: str) -> bool:
+    """By extension; hidden files and what hidden folders hold (.Trash, ._x.jpg of macOS) are not meant."""
+    return name.lower().endswith(EXTENSIONS) and not re.search(r"(^|/)\.[^/.]", name)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _index_folder(root: str) -> list[tuple[str, int, int]]:
+    members, seen = [], set()
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=_raise):
+        real = os.path.realpath(folder)
+        if real in seen:    # a link to a folder above would lead in circles
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        names = [os.path.join(folder[len(root):].strip("/"), file) for file in files]
+        members += [(name, -1, 0) for name in names if _is_image(name)]
+    return members
+
+
+def _index_tar(path: str) -> list[tuple[str, int, int]]:
+    members = []
+    try:
+        tar = tarfile.open(path, "r:")
+    except tarfile.ReadError as error:    # its words differ with the bytes it met
+        raise ValueError(f"{path!r} is no plain .tar ({error}); unpack it, or make it again") from error
+    with tar:
+        for member in tar:
+            if member.isfile() and _is_image(member.name):
+                members.append((member.name, member.offset_data, member.size))
+            tar.members.clear()    # or it keeps 1 kB on each
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):    # tarfile takes a damaged header for the end
+            raise ValueError(f"{path!r} is damaged at byte {tar.offset}; fetch or make it again")
+    return members
+
+
+def _index_zip(path: str) -> list[tuple[str, int, int]]:
+    with zipfile.ZipFile(path) as archive:
+        members = [member for member in archive.infolist() if _is_image(member.filename)]
+    for member in members:
+        if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{path!r}: {member.filename!r} is encrypted or not deflated; zip it again")
+    return [(member.filename, member.header_offset, member.compress_size) for member in members]
+
+
+def _read_file(path: str) -> bytes:
+    if not os.path.exists(path) or os.path.isfile(path):
+        return Path(path).read_bytes()
+    raise BrokenImage("not a regular file")    # a named pipe would be waited for without end
+
+
+def _read_member(archive: str, offset: int, size: int) -> bytes:
+    """Bytes of a tar or zip member, without a ZipFile, which takes 1 kB per member in each worker."""
+    with open(archive, "rb") as file:
+        file.seek(offset)
+        if archive.lower().endswith(".tar"):
+            return file.read(size)
+        header = file.read(30)    # zip's local header: compression, lengths of the name and of an extra field
+        method, name, extra = (int.from_bytes(header[at:at + 2], "little") for at in (8, 26, 28))
+        file.seek(name + extra, os.SEEK_CUR)
+        data = file.read(size)
+        return zlib.decompress(data, -zlib.MAX_WBITS) if method == zipfile.ZIP_DEFLATED else data
+
+
+def summary(source: Source) -> dict[str, str | int]:
+    """What a checkpoint says of its data: the --data value, how many images, a hash of their names."""
+    about = {"spec": source.spec, "images": len(source)}
+    if isinstance(source, FileSource):
+        names = hashlib.blake2b(digest_size=16)
+        for i in range(len(source)):
+            names.update(os.fsencode(source.name(i)) + b"\0")
+        about["names"] = names.hexdigest()
+    return about

@@ -1,0 +1,114 @@
+"""Published network weights: where a file is looked for, fetching it once, and its sha256.
+
+vgg, alex and squeeze are torchvision's ImageNet classifiers, on which LPIPS stands; inception is the port of
+the 2015 graph that pytorch-fid and clean-fid share. A file is looked for under the path given, else in
+checkpoints/ of torch hub's cache: $TORCH_HOME/hub, else $XDG_CACHE_HOME/torch/hub, else ~/.cache/torch/hub.
+Only if it is not there is it fetched, whole or not at all and with its hash checked.
+"""
+
+import hashlib
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from cleanfid.inception_pytorch import FID_WEIGHTS_URL
+from torch import Tensor, nn
+from torchvision.models import AlexNet_Weights, SqueezeNet1_1_Weights, VGG16_Weights, vgg16
+
+URLS = {
+    "vgg": VGG16_Weights.IMAGENET1K_V1.url,
+    "alex": AlexNet_Weights.IMAGENET1K_V1.url,
+    "squeeze": SqueezeNet1_1_Weights.IMAGENET1K_V1.url,
+    "inception": FID_WEIGHTS_URL,
+}
+
+
+class Weights(NamedTuple):
+    """The tensors of a file, and what to tell of it; `published`: the hash is the one its name promises."""
+
+    state: dict[str, Tensor]
+    path: str
+    sha256: str
+    published: bool
+
+
+def load(name: str, file: str | None = None) -> Weights:
+    """The weights called `name` in URLS with their hash; ValueError, one line with the path, if it fails."""
+    path = find(URLS[name], file)
+    try:
+        state, digest = read(URLS[name], file), sha256(path)
+    except Exception as error:      # a wrong file makes torch raise nearly every type
+        raise ValueError(f"cannot load {path} ({one_line(error)})") from error
+    return Weights(state, str(path), digest, digest.startswith(hash_prefix(URLS[name])))
+
+
+def find(url: str, file: str | None = None) -> Path:
+    """Where weights published at `url` are looked for."""
+    return Path(file or Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1])
+
+
+def read(url: str, file: str | None = None, timeout: float = 30.0) -> dict[str, Tensor]:
+    """Tensors of `file`, else of the cache, fetched there if it lacks them; raises whatever goes wrong.
+
+    torchvision's classifiers come without their last layers and "features." (keys "0.weight", ...).
+    """
+    path = find(url, file)
+    if not file and not path.exists():
+        download(url, path, timeout)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    kept = [key for key in state if not key.startswith("classifier.")]
+    return {key.removeprefix("features."): state[key].clone() for key in kept}    # not views of the whole
+
+
+def download(url: str, path: Path, timeout: float) -> None:
+    """Fetch url to path, atomically and with its hash checked; torch hub itself would wait for ever."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    previous = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(timeout)
+    try:
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=hash_prefix(url))
+    finally:
+        socket.setdefaulttimeout(previous)
+
+
+def hash_prefix(url: str) -> str:
+    """The first digits of the sha256, with which every one of these file names ends."""
+    return Path(url).stem.rsplit("-", 1)[1]
+
+
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def load_vgg(vgg_file: str | None = None, timeout: float = 30.0) -> dict[str, Tensor]:
+    """VGG16's convolution weights, keys "0.weight" to "28.bias".
+
+    From vgg_file (torchvision's vgg16 file, or a features-only one of 59 MB), else from the torch hub
+    cache, else downloaded there. Raises ValueError, in one line that says where it looked and what to do,
+    if none works.
+    """
+    need, advice = "LPIPS needs VGG16", "pass --vgg-file FILE, or train without LPIPS: --lpips-weight 0"
+    return load_features(vgg16, URLS["vgg"], vgg_file, timeout, need, advice)
+
+
+def load_features(build: Callable[[], nn.Module], url: str, file: str | None, timeout: float,
+                  need: str, advice: str) -> dict[str, Tensor]:
+    """The weights of build().features, torchvision's; `file`, cache and errors as of `load_vgg`."""
+    path = find(url, file)
+    try:
+        with torch.device("meta"):
+            net = build().features
+        net.load_state_dict(read(url, file, timeout), assign=True)
+    except Exception as error:      # a wrong file makes torch raise nearly every type
+        raise ValueError(
+            f"{need} weights and could not load {path} ({one_line(error)}): "
+            f"put {path.name} there, {advice}"
+        ) from error
+    return net.state_dict()

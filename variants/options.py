@@ -1,0 +1,247 @@
+"""The flags of this folder, and what they add to a training step.
+
+train.py adds the flags to its parser, makes one `Options` in its set-up, and calls its methods where a step
+may differ from LiteVAE's. Without any of these flags every method does nothing, or what LiteVAE does.
+"""
+
+import argparse
+import copy
+from dataclasses import fields
+
+import torch
+from torch import Tensor, nn
+
+from losses import adv_loss, kl_loss
+from model import scale_fields
+from runtime import cli, distributed
+from runtime.distributed import print0
+from runtime.randomness import CUTMIX, DROPOUT, REVIVAL, seeded
+from variants import perceptual, regularisers
+from variants.adaptive import adaptive_weight, last_layer_gradient
+from variants.config import AutoencoderConfig
+from variants.quantize import revival_slots, vq_loss
+
+ONE_SIZE = ("sd", "dwt", "dwt2")       # encoders without scales
+
+# ----------------------------------------------------------------------------
+# flags
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags whose names are fields of AutoencoderConfig become those fields; see `build_config`."""
+    switch = argparse.BooleanOptionalAction
+
+    add = parser.add_argument_group("other architectures (variants/)").add_argument
+    add("--encoder", choices=("litevae", "sd", "open-litevae", "dwt", "dwt2"), default="litevae",
+        help="LiteVAE's, SD-VAE's, open-LiteVAE's, or the wavelet bands themselves (paper App. B)")
+    add("--decoder", choices=("sd", "open-litevae"), default="sd", help="the paper's, or open-LiteVAE's")
+    add("--extractor-blocks", type=cli.positive, default=2, help="per width; open-LiteVAE: 3, 4, 5, 5")
+    add("--aggregator-blocks", type=cli.positive, default=2, help="per width; open-LiteVAE: 3, 4, 4, 4")
+    add("--extractor", choices=("unet", "nafnet"), default="unet", help="paper D.3")
+    add("--shared-extractor", action=switch, default=False, help="one for all levels, paper D.4")
+    add("--first-level", type=cli.positive, default=1, help="leave finer levels out; paper D.6: 2")
+    add("--downsample", choices=("pool", "conv"), default="pool", help="of the extractors' outputs")
+    add("--aggregator", choices=("unet", "vit"), default="unet", help="vit: bound to --res, paper D.5")
+    add("--dropout", type=cli.amount, default=0.0, help="in extractors and aggregator")
+    add("--conv1x1", action=switch, default=False, help="1x1 convs around the latent, paper Table 17")
+    add("--codebook-size", type=cli.natural, default=0, help="entries of VQ-GAN's codebook, 0: Gaussian")
+    add("--codebook-update", choices=("gradient", "ema"), default="gradient", help="how it learns")
+
+    add = parser.add_argument_group("other adversarial training (variants/)").add_argument
+    add("--adaptive-weight", action=switch, default=False,
+        help="scale --disc-weight by the ratio of last-layer gradients (LDM; paper Table 8)")
+    add("--alternate", action=switch, default=False,
+        help="once the discriminator trains: even steps update the autoencoder, odd ones it (SGM)")
+    add("--r1", type=cli.amount, default=0.0, metavar="GAMMA", help="gradient penalty, 0 = off")
+    add("--r1-every", type=cli.positive, default=16, help="updates from one penalty to the next")
+    add("--lecam", type=cli.amount, default=0.0, metavar="WEIGHT", help="LeCam regulariser, 0 = off")
+    add("--cutmix", type=cli.amount, default=0.0, metavar="WEIGHT",
+        help="CutMix consistency of a U-Net's pixel logits, mean over pixels, 0 = off")
+
+    add = parser.add_argument_group("other losses (variants/)").add_argument
+    add("--vq-weight", type=cli.amount, default=1.0, help="codebook and commitment, means over elements")
+    add("--vgg19-weight", type=cli.amount, default=0.0, help="mean over features, paper Table 14")
+    add("--ldl-weight", type=cli.amount, default=0.0, help="mean over elements, paper Table 15; needs EMA")
+    add("--identity-weight", type=cli.amount, default=0.0,
+        help="mean over MoCo v2's embedding, Transfusion; needs --moco-file")
+    add("--vgg19-file", metavar="FILE", help="VGG19 weights (default: torch hub's cache)")
+    add("--moco-file", metavar="FILE", help="MoCo v2 ResNet-50, 800 epochs (default: none)")
+
+
+def run_name(args: argparse.Namespace) -> str:
+    """What --out is called after: litevae-b, sd, open-litevae-b, ..."""
+    return args.encoder if args.encoder in ONE_SIZE else f"{args.encoder}-{args.scale.lower()}"
+
+
+def build_config(args: argparse.Namespace) -> AutoencoderConfig:
+    """The architecture that the flags ask for; ValueError on flags that do not go together."""
+    given = {field.name: getattr(args, field.name)
+             for field in fields(AutoencoderConfig) if hasattr(args, field.name)}
+    resolution = args.res if args.aggregator == "vit" else 0
+    return AutoencoderConfig(**scale_fields(args.scale), **given, resolution=resolution)
+
+
+def check(args: argparse.Namespace) -> None:
+    """ValueError on flags that are right one by one and wrong together."""
+    if args.cutmix and not args.disc.startswith("unet"):
+        raise ValueError(f"--cutmix needs pixel logits, got --disc {args.disc}: use unet-s, unet-m or unet-l")
+    for name in ("adaptive_weight", "alternate", "r1", "lecam"):
+        if getattr(args, name) and args.disc == "none":
+            raise ValueError(f"--{name.replace('_', '-')} needs a discriminator, got --disc none")
+    if args.ldl_weight and not args.ema_decay:
+        raise ValueError("--ldl-weight compares with the averaged weights: --ema-decay must be above 0")
+
+
+def idle(args: argparse.Namespace) -> dict[str, str]:
+    """Flags that nothing would read if they were given, and why."""
+    found = {
+        "scale": args.encoder in ONE_SIZE and f"--encoder {args.encoder} has one size",
+        "kl_weight": args.codebook_size and "a codebook has no KL, its weight is --vq-weight",
+        "vq_weight": not args.codebook_size and "there is no codebook, set --codebook-size",
+        "r1_every": not args.r1 and "there is no penalty, set --r1",
+    }
+    return {name: reason for name, reason in found.items() if reason}
+
+
+# ----------------------------------------------------------------------------
+# what the flags add to a step
+
+
+class Options:
+    """Everything that the flags of this folder do in a training step.
+
+    Tensors of a micro-batch belong to the rows of the global batch that `rows` names. Losses go into `parts`,
+    by the name under which they are logged.
+    """
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        self.args, self.device = args, device
+        self.terms = reconstruction_terms(args, device)
+        self.lecam: regularisers.LeCam | None = None
+        self.slots = self.table = self.boxes = None
+        self.lecam_means: list[Tensor] = []
+
+    def watch(self, model: nn.Module, ema: nn.Module | None, disc: nn.Module | None) -> None:
+        """The networks, once they are made."""
+        self.model, self.ema = model, ema
+        if disc and self.args.lecam:
+            self.lecam = regularisers.LeCam(disc.heads).to(self.device)
+
+    # ---- whose turn it is
+
+    def turns(self, step: int, train_disc: bool) -> tuple[bool, bool]:
+        """(update the autoencoder, update the discriminator) in this step."""
+        if not (self.args.alternate and train_disc):
+            return True, train_disc
+        return step % 2 == 0, step % 2 == 1
+
+    def logged(self, done: int) -> bool:
+        """Whether to log a step: alternating, one of each kind."""
+        return done % self.args.log_every in (0, int(self.args.alternate))
+
+    # ---- the autoencoder
+
+    def begin(self, step: int, latents: Tensor) -> None:
+        """Draws what a step needs, for a global batch of latents (B, Z, h, w)."""
+        args, positions = self.args, latents[:, 0]
+        if args.codebook_size:
+            generator = seeded(args.seed, step, REVIVAL)
+            slots = revival_slots(positions.numel(), args.codebook_size, generator)
+            self.slots, self.table = slots.view_as(positions), 0
+        if args.cutmix:
+            self.boxes = torch.rand(len(latents), 4, generator=seeded(args.seed, step, CUTMIX))
+        self.lecam_means = []
+
+    def micro_batch(self, step: int, rows: slice) -> None:
+        """Seeds dropout, the one layer that draws by itself."""
+        if self.args.dropout:
+            torch.manual_seed(seeded(self.args.seed, step, DROPOUT + rows.start).initial_seed())
+
+    def reconstruction(self, parts: dict, x: Tensor, recon: Tensor, noise: Tensor) -> Tensor | int:
+        """Weighted sum of the extra reconstruction terms."""
+        total = 0
+        for name, weight, term in self.terms:
+            parts[name] = term(x, recon)
+            total = total + weight * parts[name]
+        if self.args.ldl_weight:
+            with torch.no_grad():
+                recon_ema, _ = self.ema(x, noise)
+            parts["ldl"] = perceptual.ldl_loss(x, recon, recon_ema)
+            total = total + self.args.ldl_weight * parts["ldl"]
+        return total
+
+    def latent(self, parts: dict, posterior, rows: slice) -> Tensor:
+        """Weighted KL of a Gaussian posterior, or the codebook's loss."""
+        if not self.args.codebook_size:
+            parts["kl"] = kl_loss(*posterior)
+            return self.args.kl_weight * parts["kl"]
+        parts["vq"] = vq_loss(posterior)
+        slots = self.slots[rows].to(self.device)
+        self.table = self.table + self.model.quantizer.statistics(posterior, slots)
+        return self.args.vq_weight * parts["vq"]
+
+    def disc_weight(self, rec: Tensor, adv: Tensor, recon: Tensor, features: Tensor) -> Tensor:
+        """The weight of the adversarial term: the constant, or with --adaptive-weight times a ratio."""
+        weight = torch.tensor(self.args.disc_weight, device=self.device)
+        if not self.args.adaptive_weight:
+            return weight
+        gradients = [last_layer_gradient(part, recon, features, self.model.decoder) for part in (rec, adv)]
+        return weight * adaptive_weight(*map(distributed.mean, gradients))
+
+    def would_be_weight(self, terms: list[tuple], x: Tensor, disc: nn.Module) -> float:
+        """What --adaptive-weight would make of --disc-weight on images x, for the log (paper Fig. 7).
+
+        Leaves the networks as they are: a copy of the discriminator judges, whose batch norm may move.
+        """
+        recon, _, features = self.model(x, with_features=True)
+        rec = sum(weight * term(x, recon) for _, weight, term in [*terms, *self.terms])
+        adv = adv_loss(self.args.disc_loss, copy.deepcopy(disc).requires_grad_(False)(recon))
+        gradients = [last_layer_gradient(part, recon, features, self.model.decoder) for part in (rec, adv)]
+        return self.args.disc_weight * adaptive_weight(*gradients).item()
+
+    # ---- the discriminator
+
+    def penalties(
+        self, parts: dict, disc: nn.Module, judge: nn.Module, step: int, rows: slice,
+        x: Tensor, recon: Tensor, real: tuple[Tensor, ...], fake: tuple[Tensor, ...],
+    ) -> Tensor | int:  # fmt: skip
+        """Weighted sum of CutMix, LeCam and R1, given the logits; `disc` is bare, `judge` wrapped."""
+        args, total = self.args, 0
+        if args.cutmix:
+            mask = regularisers.cutmix_mask(self.boxes[rows].to(self.device), *x.shape[-2:])
+            mixed = judge(mask * x + (1 - mask) * recon)
+            parts["cutmix"] = regularisers.cutmix_loss(mask, mixed[0], real[0], fake[0])
+            total = total + args.cutmix * parts["cutmix"]
+        if self.lecam:
+            parts["lecam"] = self.lecam(real, fake)
+            total = total + args.lecam * parts["lecam"]
+            self.lecam_means.append(torch.stack(list(map(regularisers.head_means, (real, fake)))))
+        if args.r1 and step // (1 + args.alternate) % args.r1_every == 0:
+            parts["r1"] = regularisers.r1_loss(disc, x)                  # the bare one, see there
+            total = total + args.r1 * args.r1_every * parts["r1"]
+        return total
+
+    # ---- after the updates
+
+    def update(self, model_moved: bool, disc_moved: bool) -> dict[str, float]:
+        """LeCam's averages and the codebook; returns what the log shows of them."""
+        if disc_moved and self.lecam:
+            self.lecam.update(*distributed.mean(torch.stack(self.lecam_means).mean(dim=0)))
+        if model_moved and self.args.codebook_size and not self.args.freeze_encoder:
+            shown = self.model.quantizer.update(distributed.sum_(self.table))
+            return {name: float(value) for name, value in shown.items()}
+        return {}
+
+
+def reconstruction_terms(args: argparse.Namespace, device: torch.device) -> list[tuple]:
+    """(name, weight, function of (x, recon)) of VGG19 and identity; ValueError if they have no weights."""
+    terms = []
+    if args.vgg19_weight:
+        vgg = distributed.from_main(lambda: perceptual.load_vgg19(args.vgg19_file))
+        terms.append(("vgg19", args.vgg19_weight, perceptual.VGG19Loss(vgg).to(device)))
+    if args.identity_weight:
+        moco, md5 = distributed.from_main(lambda: perceptual.load_moco(args.moco_file))
+        known = "the published 800 epochs" if md5 == perceptual.MOCO_MD5 else "not the published file"
+        print0(f"moco: {args.moco_file}, md5 {md5}, {known}")
+        terms.append(("identity", args.identity_weight, perceptual.IdentityLoss(moco).to(device)))
+    return terms
