@@ -102,7 +102,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="of the autoencoder; muon: Adam for all but the inner convolutions")
     add("--lr", type=cli.amount, default=1e-4, help="Adam with betas (0.5, 0.9), and Muon")
     add("--lr-scaling", choices=("fan-in", "none"),
-        help="Adam's rate of the autoencoder's wide convolutions: divided by inputs / 288, or --lr as it is "
+        help="Adam's rate of the autoencoder's wide convolutions: divided by inputs / 72, or --lr as it is "
              "(default: fan-in with --decoder-norm smc, else none)")
     add("--disc-lr", type=cli.amount, default=1e-4, help="the same for the discriminator")
     add("--warmup", type=cli.natural, default=1000, help="steps of linear warm-up, of each network (ours)")

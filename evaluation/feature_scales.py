@@ -1,8 +1,6 @@
 """Scale of features and gradients through the decoder, layer by layer (compare the paper's Fig. 3).
 
-    python -m evaluation.feature_scales out/litevae-b-64/ckpt.pt --raw --data PHOTOS --res 64
-
-Each row is a ResBlock, an upsampling or an edge convolution.
+`analyze.py` prints the table. Each row is a ResBlock, an upsampling or an edge convolution.
 
     feature   rms of its output
     largest   rms of its largest channel / feature
@@ -13,19 +11,14 @@ Each row is a ResBlock, an upsampling or an edge convolution.
     scaled    the same with --lr-scaling fan-in
 """
 
-import argparse
 from typing import NamedTuple
 
 import torch
-from blocks import ResBlock, Upsample
 from torch import Tensor
 
-import data
-from checkpoint import load_model
 from losses import l1_loss
-from model import Autoencoder, scale_config
+from model import Autoencoder, ResBlock, Upsample
 from optimizers import rate_scale
-from runtime import sources
 
 
 def rms(x: Tensor) -> float:
@@ -98,22 +91,3 @@ def table(rows: list[Layer]) -> str:
         cells = ["" if value is None else f"{value:.3f}" for value in values]
         lines.append("".join(f"{cell:>10s}" for cell in (name, *cells)))
     return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", nargs="?", help="default: LiteVAE-B before its first step")
-    parser.add_argument("--raw", action="store_true", help="not the averaged weights")
-    parser.add_argument("--data", required=True, metavar="SRC", help="images, as in train.py")
-    parser.add_argument("--res", type=int, default=64, help="side of the centre crops, pixels")
-    parser.add_argument("--count", type=int, default=8, help="images")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    model = load_model(args.checkpoint, args.raw)[0] if args.checkpoint else Autoencoder(scale_config("B"))
-    images = data.ValSet(sources.open_source(args.data), args.res, args.count)
-    x = data.to_float(torch.stack([images[i][0] for i in range(len(images))]))
-    print(table(feature_scales(model, x)))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,7 @@
 """Run: python -m pytest tests/test_model.py. Oracles: FIGURES.md's integers, diffusers, scipy, PyWavelets."""
 
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 
 import numpy as np
@@ -70,7 +71,7 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-def on_meta(module: type[nn.Module], **options) -> nn.Module:
+def on_meta(module: Callable[..., nn.Module], **options) -> nn.Module:
     with torch.device("meta"):
         return module(AutoencoderConfig(**options))
 
@@ -134,7 +135,7 @@ def test_litevae_encoder_macs(scale):
 @pytest.mark.parametrize("nz", SD)
 def test_sd_vae_counts(nz):
     """Encoder, decoder, 1x1 convolutions and whole SD-VAE: parameters, and MACs at 256."""
-    whole = on_meta(Autoencoder, latent_channels=nz, encoder="sd", conv1x1=True, **GROUP)
+    whole = on_meta(build, latent_channels=nz, encoder="sd", conv1x1=True, **GROUP)
     plain = on_meta(Decoder, latent_channels=nz, decoder_norm="group")
     conv1x1 = count_parameters(whole.quant_conv) + count_parameters(whole.post_quant_conv)
     parts = [count_parameters(module) for module in (whole.encoder, whole.decoder, plain)]

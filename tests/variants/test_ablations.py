@@ -10,8 +10,8 @@ from torch import nn
 
 import checkpoint
 from losses import kl_loss
-from model import Autoencoder, LiteVAEEncoder, ResBlock, count_macs, count_parameters
-from variants.ablations import LearnedPool, NAFBlock, ViTAggregator, ViTBlock, WaveletEncoder
+from model import Autoencoder, ResBlock, count_macs, count_parameters
+from variants.ablations import AblatedEncoder, LearnedPool, NAFBlock, ViTAggregator, ViTBlock, WaveletEncoder
 from variants.build import build
 from variants.config import AutoencoderConfig, scale_config
 
@@ -57,9 +57,9 @@ def max_error(a: torch.Tensor, b) -> float:
     return (a.double() - b.double()).abs().max().item()
 
 
-def encoder(scale: str, **options) -> LiteVAEEncoder:
+def encoder(scale: str, **options) -> AblatedEncoder:
     with torch.device("meta"):
-        return LiteVAEEncoder(scale_config(scale, **options))
+        return AblatedEncoder(scale_config(scale, **options))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ def test_learned_pool_starts_as_pooling():
 
 def test_levels_that_are_used():
     """first_level=2 of 3: with the networks taken out, levels 2 and 3 of PyWavelets' cascade and no other."""
-    net = LiteVAEEncoder(AutoencoderConfig(**TINY, first_level=2, wavelet="db2"))
+    net = AblatedEncoder(AutoencoderConfig(**TINY, first_level=2, wavelet="db2"))
     assert len(net.extractors) == 2
     net.extractors, net.aggregator = nn.ModuleList([nn.Identity(), nn.Identity()]), nn.Identity()
     x = images(2, 3, 32, 48, dtype=torch.float64)
@@ -380,7 +380,7 @@ def test_starts_as_a_linear_map(options):
 
 def test_vit_takes_one_size():
     """Any other size is refused with both sizes; a plain aggregator takes it."""
-    with pytest.raises(ValueError, match="image size 32x48: this model has a ViT aggregator, .* 32x32 alone"):
+    with pytest.raises(ValueError, match="image size 32x48: this model has a ViT aggregator, .* only 32x32"):
         tiny(aggregator="vit", resolution=32)(torch.zeros(1, 3, 32, 48))
     assert tiny()(torch.zeros(1, 3, 32, 48))[0].shape == (1, 3, 32, 48)
 

@@ -1,0 +1,42 @@
+"""Look inside a trained autoencoder: scales of features, gradients and steps through the decoder.
+
+    python analyze.py out/litevae-b-128/ckpt.pt --raw --data PHOTOS --res 64
+
+Columns are explained in evaluation/feature_scales.py.
+"""
+
+import torch
+
+import checkpoint
+import data
+from evaluation.feature_scales import feature_scales, table
+from model import Autoencoder, scale_config
+from runtime import cli, sources
+
+
+def parse_args(argv: list[str] | None = None):
+    parser = cli.ArgumentParser(__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("checkpoint", metavar="CKPT", nargs="?",
+        help="of train.py (default: LiteVAE-B before its first step)")
+    add("--raw", action="store_true", help="the raw weights, not the averaged ones")
+    add("--data", required=True, metavar="SRC", help="images, as in train.py")
+    add("--res", type=cli.positive, default=64, help="side of the centre crops, pixels")
+    add("--count", type=cli.positive, default=8, help="images")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse_args()
+    with cli.user_errors():
+        torch.manual_seed(0)
+        model = Autoencoder(scale_config("B"))
+        if args.checkpoint:
+            model, _ = checkpoint.load_model(args.checkpoint, args.raw)
+        images = data.ValSet(sources.open_source(args.data), args.res, args.count)
+        x = data.to_float(torch.stack([images[i][0] for i in range(len(images))]))
+        print(table(feature_scales(model, x)))
+
+
+if __name__ == "__main__":
+    main()
