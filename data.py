@@ -32,16 +32,13 @@ from runtime.sources import (
     MAX_PIXELS,
     BrokenImage,
     FileSource,
+    NoImages,
     Source,
     SyntheticSource,
 )
 
 MAX_TRIES = 100            # broken files in a row before training ends
 ORDER, CROP = 1, 2         # tags that keep the random streams of one seed apart
-
-
-class NoImages(ValueError):
-    """So many broken images in a row that there is nothing to train on."""
 
 
 # ---- one image ---------------------------------------------------------------------------------------------

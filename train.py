@@ -1,35 +1,30 @@
-"""Train a LiteVAE (or the SD-VAE it is compared with): one file, read from top to bottom.
+"""Train a LiteVAE, or a system from variants/: flags, set-up, and one loop.
 
     torchrun --nproc_per_node=8 train.py --scale B --res 128      # ImageNet on 8 GPUs, the paper's recipe
     python train.py @recipes/demo.args                            # minutes on a CPU, generated images
 
-Both networks step in every step: the autoencoder on reconstruction, KL and adversarial terms with constant
-weights (paper Sec. 4.2), then the discriminator on the same images. A "step" is one update of the
-autoencoder, over batch-size x accumulate x processes images. All that is random is a pure function of (seed,
-step, sample), so the step alone resumes a run, bit for bit.
+Each step updates both networks: the autoencoder on reconstruction, KL and adversarial terms with constant
+weights (paper Sec. 4.3), then the discriminator on the same images. A step covers batch-size x accumulate x
+processes images. All randomness derives from (seed, step, sample), so resuming needs only the step and is
+exact to the bit.
 
-Exit codes: 0 done, 1 the run failed, 2 the set-up was refused, 75 stopped by SIGTERM, SIGINT or SIGUSR1 after
-the step at hand and saved: the same command with --resume goes on. A second SIGINT ends at once.
+Exit codes: 0 done; 1 the run failed; 2 the set-up was rejected; 75 stopped by SIGTERM, SIGINT or SIGUSR1
+after the current step, and saved (--resume continues). A second SIGINT ends the run at once.
 """
 
 import argparse
 import copy
-import json
 import math
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import checkpoint
@@ -42,6 +37,8 @@ from model import SCALES, LiteVAEConfig, count_parameters
 from optimizers import Muon, adam, set_rate, split_parameters
 from runtime import cli, distributed, sources
 from runtime.distributed import print0
+from runtime.failures import STOPPED, catch_signals, failures
+from runtime.log import Log, best_by, history
 from runtime.randomness import NOISE, seeded
 from runtime.watch import Watch
 from runtime.weights import load_vgg
@@ -52,6 +49,9 @@ from wavelets import FILTERS
 # ----------------------------------------------------------------------------
 # flags
 
+MAX_SKIPPED = 10       # ours: steps in a row that are not finite before the run ends
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.ArgumentParser(__doc__.split("\n")[0])
     switch = argparse.BooleanOptionalAction
@@ -59,13 +59,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="DIR", help="checkpoints and logs (default: out/<model>-<res>)")
     add("--resume", nargs="?", const="latest", metavar="CKPT",
-        help="go on from CKPT; alone: from the newest good one in --out, or from step 0 if there is none")
+        help="continue from CKPT; without CKPT: from the newest good one in --out, or from step 0")
     add("--init", metavar="CKPT",
         help="new phase: weights of model, EMA and discriminator, fresh optimizers, step 0")
     add("--seed", type=cli.natural, default=0, help="of weights, data order, crops and noise")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto",
-        help="bf16 autocast or fp32; auto: bf16 on CUDA and on CPUs with native bf16")
+        help="bf16 autocast or fp32 (on CUDA fp32 means TF32); auto: bf16 on CUDA and CPUs with native bf16")
     add("--compile", action=switch, help="torch.compile (default: on CUDA only)")
 
     text = "sources are folders, .tar, .zip, globs, {0000..0252} ranges, joined by commas, or 'synthetic'"
@@ -160,7 +160,7 @@ def check_flags(args: argparse.Namespace, config: LiteVAEConfig) -> None:
 
 
 def check_idle_flags(args: argparse.Namespace) -> None:
-    """ValueError on a flag that asks for what nothing would do; a note on settings of a part that is off."""
+    """ValueError on flags with no effect; a note on settings of a part that is switched off."""
     defaults = parse_args([])
 
     def given(name: str) -> bool:
@@ -186,7 +186,7 @@ def check_idle_flags(args: argparse.Namespace) -> None:
 
 
 def lr_factor(step: int, warmup: int, schedule: str, steps: int) -> float:
-    """Learning rate of a step over the flag's: linear warm-up, then constant or half a cosine to 0."""
+    """The learning rate of a step relative to --lr: linear warm-up, then constant or half a cosine to 0."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if schedule == "constant":
@@ -195,7 +195,7 @@ def lr_factor(step: int, warmup: int, schedule: str, steps: int) -> float:
 
 
 def ema_decay(step: int, decay: float) -> float:
-    """Decay of a step: a short memory at first, so that the average forgets the random start."""
+    """The EMA decay of a step: small at first, so that the average forgets the random start."""
     return min(decay, (1 + step) / (10 + step))
 
 
@@ -210,115 +210,7 @@ def pick_precision(flag: str, device: torch.device) -> str:
 
 
 # ----------------------------------------------------------------------------
-# what can befall a run
-
-MAX_SKIPPED = 10       # ours: steps in a row that are not finite before the run ends
-STOPPED = 75           # exit code: EX_TEMPFAIL of sysexits.h, "try again later"
-
-
-def catch_signals() -> list[int]:
-    """The list into which stop signals go from now on, to be looked at between steps."""
-    received: list[int] = []
-
-    def take(number: int, _) -> None:
-        if received and number == signal.SIGINT:          # the user insists
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGINT)
-        received.append(number)
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, take)
-    return received
-
-
-@contextmanager
-def mishaps() -> Iterator[None]:
-    """Ends a run with one line and exit code 1 on a full disk, lost data or a dead loader process.
-
-    What else is raised in the loop is a defect of ours and shows its traceback.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError) as error:
-        ours = isinstance(error, (OSError, data.NoImages)) or "DataLoader worker" in str(error)
-        if not ours:
-            raise
-        text = str(error).strip().splitlines()[-1].removeprefix("data.NoImages: ")
-        hint = "; lower --num-workers if memory ran out" if "killed by signal" in text else ""
-        print(f"[rank {distributed.rank()}] error: {text}{hint}; go on from the last checkpoint with "
-              "--resume", file=sys.stderr, flush=True)
-        sys.exit(1)
-
-
-# ----------------------------------------------------------------------------
-# logging
-
-
-class Log:
-    """Scalars to <out>/log.jsonl and tensorboard, pictures to tensorboard; does nothing off rank 0.
-
-    lines: what a resumed run keeps of the file (see `history`); it writes all later ones again, so that the
-    file is the one of a run never interrupted.
-    """
-
-    def __init__(self, folder: Path, lines: list[str], start: int) -> None:
-        self.file = self.board = None
-        if not distributed.is_main():
-            return
-        path, temporary = folder / "log.jsonl", folder / "log.tmp"
-        temporary.write_text("".join(lines))
-        temporary.replace(path)
-        self.file = open(path, "a", buffering=1)          # by line, so that a crash loses none
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
-
-    def line(self, step: int, values: dict) -> None:
-        if self.file:
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        self.line(step, values)
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-
-    def pictures(self, step: int, x: Tensor, recon: Tensor, latents: Tensor) -> None:
-        """Rows of input | reconstruction | difference (x 2, grey is none); a histogram per latent channel."""
-        if self.board:
-            triples = torch.stack([x, recon, 2 * (recon - x)], dim=1).flatten(0, 1).clamp(-1, 1)
-            grid = torchvision.utils.make_grid(triples / 2 + 0.5, nrow=3)
-            self.board.add_image("input, reconstruction, difference", grid, step)
-            for channel, values in enumerate(latents.transpose(0, 1)):
-                if values.isfinite().all():               # a run that blew up has none to draw
-                    self.board.add_histogram(f"latent/{channel}", values, step)
-
-    def close(self) -> None:
-        if self.file:
-            self.file.close()
-            self.board.close()
-
-
-def history(out: Path, start: int) -> tuple[list[str], bool, float]:
-    """What log.jsonl says up to step `start`: its lines, whether `start` was validated, the best PSNR.
-
-    The log is the record of validations: a checkpoint is saved before its step is validated, so that a crash
-    there costs nothing, and a run that finds no line of its first step validates then.
-    """
-    path = out / "log.jsonl"
-    old = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in old if line.endswith("}\n")]               # a crash may cut the last one short
-    lines = [line for line in whole if json.loads(line)["step"] <= start]
-    validations = [json.loads(line) for line in lines if '"val_psnr"' in line]
-    validated = bool(validations) and validations[-1]["step"] == start
-    return lines, validated, max(map(best_by, validations), default=-math.inf)
-
-
-def best_by(scores: dict[str, float]) -> float:
-    """The PSNR that best.pt goes by: of the averaged weights where there are some."""
-    return scores.get("val_psnr_ema", scores["val_psnr"])
-
-
-# ----------------------------------------------------------------------------
-# the parts of the set-up
+# set-up
 
 
 def set_fast_math(device: torch.device) -> torch.memory_format:
@@ -381,7 +273,7 @@ def find_start(args: argparse.Namespace, out: Path) -> tuple[str, Path | None]:
     return ("init", Path(args.init)) if args.init else ("", None)
 
 
-BEFORE = {"optimizer": "adam", "lr_scaling": "none"}      # what runs older than these flags did
+BEFORE = {"optimizer": "adam", "lr_scaling": "none"}      # checkpoints from before these flags
 
 
 def resume(state: dict, path: Path, args: argparse.Namespace, nets: dict, optimizers: dict) -> None:
@@ -397,7 +289,7 @@ def resume(state: dict, path: Path, args: argparse.Namespace, nets: dict, optimi
         if before != now and name not in ("resume", "init"):
             print0(f"resume: --{name.replace('_', '-')} was {before} and is now {now}")
     for name, net in nets.items():
-        # a run can go on with an average or LeCam that it had not: the first starts from the weights
+        # a run may gain an EMA, which then starts from the weights, or LeCam
         weights = state[name] or (state["model"] if name == "ema" else None)
         if net and weights:
             checkpoint.load_weights(net, weights, path)
@@ -427,7 +319,7 @@ def init(state: dict, path: Path, args: argparse.Namespace, nets: dict) -> None:
 
 
 def provenance(how: str, state: dict | None, path: Path | None, train_set: data.TrainSet) -> dict:
-    """What a checkpoint says of where it came from: code, data, and the phase before (with its own)."""
+    """Where a checkpoint comes from: code, data, and the phase before it, with its own provenance."""
     parent = state.get("parent") if state else None
     if how == "init":
         about = {name: state.get(name) for name in ("step", "args", "versions", "git", "data", "parent")}
@@ -442,12 +334,12 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
 
 
 def wrap(module: nn.Module) -> nn.Module:
-    """In DDP, for whoever's gradients are wanted. The bare module keeps saving, EMA and eval."""
+    """DDP around a module, for its backward pass. Saving, EMA and evaluation use the bare module."""
     return DDP(module, forward_sync_buffers=False) if distributed.world_size() > 1 else module
 
 
 def no_sync(module: nn.Module, last: bool):
-    """Context of one micro-batch: DDP averages gradients over processes in the last one alone."""
+    """Context of one micro-batch: DDP averages gradients over processes only in the last one."""
     return module.no_sync() if isinstance(module, DDP) and not last else nullcontext()
 
 
@@ -524,10 +416,10 @@ def finish(log: Log, broken: set[str], skipped: int, stopping: bool, step: int, 
 
 
 # ----------------------------------------------------------------------------
-# the story
+# the loop
 
 
-@mishaps()
+@failures()
 def main() -> None:
     args = parse_args()
     with cli.user_errors():
@@ -665,7 +557,7 @@ def main() -> None:
 
         # 1. gradients of the autoencoder: reconstruction + kl KL + disc adversarial
         if disc:
-            disc.requires_grad_(False)                    # no discriminator gradient comes of this half
+            disc.requires_grad_(False)                    # this half gives the discriminator no gradient
         for micro in range(args.accumulate):
             rows = batches.rows(micro)
             x = data.to_float(next(train_batches).to(device, non_blocking=True))

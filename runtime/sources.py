@@ -31,6 +31,10 @@ class BrokenImage(ValueError):
     """A file that cannot be used as an image; the message says why in one line."""
 
 
+class NoImages(ValueError):
+    """So many broken images in a row that there is nothing to train on."""
+
+
 def load_rgb(file: str | Path | BinaryIO | bytes) -> Image.Image:
     """Decode an image to 8-bit RGB, the same way for training and evaluation.
 

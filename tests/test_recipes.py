@@ -20,7 +20,7 @@ from torchvision.models.vgg import cfgs, make_layers
 import train
 from discriminators import check_size
 from model import count_macs, count_parameters
-from variants import perceptual, sizes
+from variants import options, perceptual, sizes
 from variants.build import DISCRIMINATORS, build
 
 FOLDER = ROOT / "recipes"
@@ -89,7 +89,7 @@ def first_phase(name: str) -> list[str]:
 def test_recipe(name, capsys):
     """It parses without a note, its flags go together, its comment has source, numbers, weights, command."""
     args, head = parse(name), comment(name)
-    train.check_flags(args, train.build_config(args))
+    train.check_flags(args, options.build_config(args))
     assert capsys.readouterr().out == ""
     if args.disc != "none":
         with torch.device("meta"):
@@ -161,7 +161,7 @@ def test_litevae_b_128_is_the_papers():
 def test_second_phase_finds_its_first(name):
     """It starts from the file and the architecture that a documented command writes, elsewhere."""
     first = train.parse_args(first_phase(name))
-    assert train.build_config(first) == train.build_config(parse(name)) and first.out != parse(name).out
+    assert options.build_config(first) == options.build_config(parse(name)) and first.out != parse(name).out
 
 
 def test_kl_weights():
@@ -224,7 +224,7 @@ def test_exact_sizes(name):
     """Encoder, decoder and discriminator have the sizes of the table above; a recipe is in one row of it."""
     args = parse(name)
     with torch.device("meta"):
-        net = build(train.build_config(args))
+        net = build(options.build_config(args))
         disc = None if args.disc == "none" else DISCRIMINATORS[args.disc](args.in_channels, args.res)
     rows = [sizes for pattern, *sizes in SIZES if re.fullmatch(pattern, name)]
     assert rows == [[count_parameters(net.encoder), count_parameters(net.decoder)]]
@@ -249,7 +249,7 @@ def test_architectures_are_in_the_table():
     encoders = {thousand(row[1]): thousand(row[3]) for row in rows}
     decoders = {thousand(row[2]): thousand(row[4]) for row in rows}
     counted = set()
-    for config in {train.build_config(parse(name)) for name in RECIPES}:
+    for config in {options.build_config(parse(name)) for name in RECIPES}:
         bound = config.resolution and 256
         with torch.device("meta"):
             net = build(dataclasses.replace(config, resolution=bound, dropout=0.0))
@@ -290,7 +290,7 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture
 def thin(monkeypatch):
     """train.py with networks of an eighth of the width or less; which ones they are stays."""
-    build = train.build_config
+    build = options.build_config
     monkeypatch.setattr(train, "build_config", lambda args: dataclasses.replace(
         build(args), extractor_channels=8, aggregator_channels=8, sd_channels=8))
     for name in DISCRIMINATORS:
@@ -364,7 +364,7 @@ def test_recipe_trains(name, place, files, thin):
 def plan(args) -> list:
     """Names and shapes of all tensors, the discriminator's too, and the rates by which they learn."""
     with torch.device("meta"):
-        net = build(train.build_config(args))
+        net = build(options.build_config(args))
         disc = None if args.disc == "none" else DISCRIMINATORS[args.disc](args.in_channels, args.res)
     parts = [{key: tensor.shape for key, tensor in part.state_dict().items()} for part in (net, disc) if part]
     steps = (0, 500, args.steps // 2, args.steps - 1)
@@ -399,7 +399,7 @@ def test_every_flag_has_an_effect(name, place, files, thin, monkeypatch, tmp_pat
             assert changed, words
             continue
         try:
-            train.check_flags(less, train.build_config(less))
+            train.check_flags(less, options.build_config(less))
         except ValueError:
             continue
         if plan(args) == plan(less):

@@ -1,0 +1,75 @@
+"""The log of a run, log.jsonl and tensorboard, and what a resumed run reads from it."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from runtime import distributed
+
+
+class Log:
+    """Scalars go to <out>/log.jsonl and tensorboard, pictures to tensorboard; does nothing off rank 0.
+
+    lines: the part of log.jsonl that a resumed run keeps (see `history`). The run writes all later lines
+    again, so the file ends as if the run had never been interrupted.
+    """
+
+    def __init__(self, folder: Path, lines: list[str], start: int) -> None:
+        self.file = self.board = None
+        if not distributed.is_main():
+            return
+        path, temporary = folder / "log.jsonl", folder / "log.tmp"
+        temporary.write_text("".join(lines))
+        temporary.replace(path)
+        self.file = open(path, "a", buffering=1)          # by line, so that a crash loses none
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+
+    def line(self, step: int, values: dict) -> None:
+        if self.file:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        self.line(step, values)
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def pictures(self, step: int, x: Tensor, recon: Tensor, latents: Tensor) -> None:
+        """Rows of input | reconstruction | difference (x 2, grey is none); a histogram per latent channel."""
+        if self.board:
+            triples = torch.stack([x, recon, 2 * (recon - x)], dim=1).flatten(0, 1).clamp(-1, 1)
+            grid = torchvision.utils.make_grid(triples / 2 + 0.5, nrow=3)
+            self.board.add_image("input, reconstruction, difference", grid, step)
+            for channel, values in enumerate(latents.transpose(0, 1)):
+                if values.isfinite().all():               # a diverged run has no histogram to draw
+                    self.board.add_histogram(f"latent/{channel}", values, step)
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
+            self.board.close()
+
+
+def history(out: Path, start: int) -> tuple[list[str], bool, float]:
+    """The lines of log.jsonl up to step `start`, whether `start` was validated, and the best PSNR so far.
+
+    A checkpoint is saved before its step is validated, so a crash in validation loses nothing. The log
+    records validations: a resumed run that finds no validation of its first step runs it.
+    """
+    path = out / "log.jsonl"
+    old = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in old if line.endswith("}\n")]               # a crash may cut the last one short
+    lines = [line for line in whole if json.loads(line)["step"] <= start]
+    validations = [json.loads(line) for line in lines if '"val_psnr"' in line]
+    validated = bool(validations) and validations[-1]["step"] == start
+    return lines, validated, max(map(best_by, validations), default=-math.inf)
+
+
+def best_by(scores: dict[str, float]) -> float:
+    """The PSNR that decides about best.pt: of the averaged weights if there are any."""
+    return scores.get("val_psnr_ema", scores["val_psnr"])
