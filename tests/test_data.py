@@ -408,19 +408,19 @@ def bad_sources(root: Path) -> dict[str, str]:
         file.seek(tar.getmembers()[2].offset)
         file.write(b"\xa5" * 512)
     return {
-        "": "no ''",
-        "synthetic,x": "synthetic alone",
-        f"{root}/missing": "no '",
-        f"{root}/tree,": "no ''",
+        "": "'' not found",
+        "synthetic,x": "only synthetic",
+        f"{root}/missing": "missing' not found",
+        f"{root}/tree,": "'' not found",
         f"{root}/*.jpg": "*.jpg",
         f"{root}/cut-{{0..3}}.tar": "cut-0.tar",
-        f"{root}/empty": "holds no image",
-        f"{root}/notes.txt": "is no folder",
-        f"{root}/noise.tar": "noise.tar' is no plain .tar",
+        f"{root}/empty": "contains no images",
+        f"{root}/notes.txt": "is not a folder",
+        f"{root}/noise.tar": "noise.tar' is not a plain .tar",
         f"{root}/noise.zip": "not a zip file",
         f"{root}/void.tar": "empty file",
         f"{cut}": "unexpected end",
-        f"{gz}": "gz.tar' is no plain .tar",
+        f"{gz}": "gz.tar' is not a plain .tar",
         f"{bz}": "not deflated",
         f"{middle}": "is damaged at byte",
     }
