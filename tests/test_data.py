@@ -258,7 +258,7 @@ def test_opencv_resize():
 def test_every_resize_gives_a_square(resize, width, height):
     """Strips and dots too, and a strip of 90 megapixels when resized is refused."""
     assert data.val_transform(picture(0, width, height), 48, resize).size == (48, 48)
-    with pytest.raises(BrokenImage, match="too thin a strip"):
+    with pytest.raises(BrokenImage, match="is too thin"):
         data.val_transform(picture(0, 1, 3000), 512, resize)
 
 
@@ -323,7 +323,7 @@ def test_hopeless_strip_is_broken(tmp_path):
     """A 1 x 60000 line, whose resized form would fill the memory, counts as a broken file."""
     Image.new("RGB", (60_000, 1)).save(tmp_path / "line.png")
     image, broken = ValSet(open_source(str(tmp_path)), 64)[0]
-    assert image is None and "too thin a strip" in broken[0]
+    assert image is None and "is too thin" in broken[0]
 
 
 def test_float_range_is_minus_one_to_one():

@@ -370,8 +370,8 @@ def test_imagenet_val(place, monkeypatch, capsys, flags):
 
 @pytest.mark.parametrize("flags, expected", [
     ("missing.pt --data pictures", "no checkpoint at missing.pt"),
-    ("text.pt --data pictures", "text.pt is damaged or no checkpoint"),
-    ("cut.pt --data pictures", "cut.pt is damaged or no checkpoint"),
+    ("text.pt --data pictures", "text.pt is damaged or not a checkpoint"),
+    ("cut.pt --data pictures", "cut.pt is damaged or not a checkpoint"),
     ("ckpt.pt --data missing", "'missing' not found; give folders"),
     ("ckpt.pt --data empty", "contains no images"),
     ("ckpt.pt --data text.pt", "is not a folder, .tar, .zip or image"),
@@ -383,10 +383,10 @@ def test_imagenet_val(place, monkeypatch, capsys, flags):
     ("ckpt.pt --data pictures --metrics psnr,fid", "unknown metric 'fid'; choose from psnr, ssim, lpips"),
     ("ckpt.pt --data pictures --res 32,x", "invalid resolutions value: '32,x'"),
     ("--diffusers empty --data pictures --res 64", "in empty: only safetensors files are read"),
-    ("--diffusers text.pt --data pictures --res 64", "text.pt is no safetensors file"),
+    ("--diffusers text.pt --data pictures --res 64", "text.pt is not a safetensors file"),
     ("--diffusers empty --data pictures", "give --res; only checkpoints from train.py"),
     ("--diffusers empty --data pictures --res 64 --raw", "--raw needs a checkpoint from train.py"),
-    ("--open-litevae text.pt --data pictures --res 64", "text.pt is damaged, or needs code"),
+    ("--open-litevae text.pt --data pictures --res 64", "text.pt is damaged, or would execute code"),
     ("--model nowhere:f --data pictures --res 64", "cannot import nowhere: no such module"),
     ("--model builtins:id --data pictures --res 64", "builtins:id"),
     ("--model os:getcwd --data pictures --res 64 --protocol lavinal712", "--model has none"),
