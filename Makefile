@@ -1,6 +1,6 @@
-# On a fresh machine these two are enough; the first one also installs (Python 3.11 or newer, about 5 GB).
-#   make demo   train a small LiteVAE on generated images, score it, draw out/demo/reconstruction.png
-#   make test   every test that is quick, on the CPU; make test-all adds the slow ones
+# Both commands work on a fresh machine; the first to run also installs (Python 3.11 or newer, about 5 GB).
+#   make demo   train a small LiteVAE on synthetic images, score it, draw out/demo/reconstruction.png
+#   make test   run the quick tests on the CPU; make test-all adds the slow ones
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_FLAGS ?=

@@ -1,10 +1,10 @@
-"""Checkpoints: one dict of plain types and tensors, written so that a crash never leaves half a file.
+"""Checkpoints: one dict of plain types and tensors, written so that a crash never leaves a partial file.
 
     step, config (variants.config.AutoencoderConfig as a dict), args (the flags), versions, git, data, parent,
     model, ema, disc, lecam, opt, opt_muon, opt_disc
 
-`torch.load(path, weights_only=True)` reads it. `load_model` rebuilds the network from the config inside, so
-nobody repeats architecture flags. A file for inference has the first line and ema (or model) alone.
+`torch.load(path, weights_only=True)` reads it. `load_model` rebuilds the network from the stored config, so
+architecture flags are not needed again. An inference file has only the first line and ema (or model).
 """
 
 import os
@@ -22,9 +22,9 @@ from variants.config import AutoencoderConfig
 
 
 def save(folder: Path, state: dict, keep: int) -> None:
-    """Write folder/ckpt.pt (rank 0 calls this); `keep` older ones stay beside it as ckpt-<step>.pt.
+    """Write folder/ckpt.pt (on rank 0 only) and keep the `keep` previous ones as ckpt-<step>.pt.
 
-    Raises OSError if the disk is full; the older files are then as they were.
+    Raises OSError if the disk is full; the older files are then unchanged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "ckpt.pt"
@@ -33,7 +33,7 @@ def save(folder: Path, state: dict, keep: int) -> None:
     numbered, newest = folder / f"ckpt-{state['step']:08d}.pt", folder / "newest.tmp"
     write(numbered, state)
     newest.unlink(missing_ok=True)
-    os.link(numbered, newest)                             # one file under two names takes its space once
+    os.link(numbered, newest)                             # a hard link: two names, one file on disk
     os.replace(newest, path)
     written = sorted(numbered_files(folder), key=lambda path: path.stat().st_mtime)
     for old in written[: -keep - 1]:                      # the newest is ckpt.pt under a second name
@@ -41,7 +41,7 @@ def save(folder: Path, state: dict, keep: int) -> None:
 
 
 def save_weights(path: Path, state: dict) -> None:
-    """The small file for inference: the averaged weights (the others where there is no average) alone."""
+    """Write the small inference file: only the averaged weights, or the raw ones if there is no average."""
     parts = ("model", "ema", "disc", "lecam", "opt", "opt_muon", "opt_disc")
     about = {name: value for name, value in state.items() if name not in parts}
     weights = "model" if state["ema"] is None else "ema"
@@ -49,13 +49,13 @@ def save_weights(path: Path, state: dict) -> None:
 
 
 def write(path: Path, state: dict) -> None:
-    """torch.save that is whole or absent: a temporary name, flushed to the disk, then renamed."""
+    """Atomic torch.save: write to a temporary name, flush to disk, rename."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
             try:
                 torch.save(state, file)
-            except RuntimeError as error:                 # how torch reports a write that failed
+            except RuntimeError as error:                 # torch's report of a failed write
                 raise OSError(f"cannot write {path}: {error.__context__ or error}") from error
             file.flush()
             os.fsync(file.fileno())
@@ -65,23 +65,23 @@ def write(path: Path, state: dict) -> None:
 
 
 def numbered_files(folder: Path) -> list[Path]:
-    """ckpt-<step>.pt of a folder, by step; names that are not ours are left alone."""
+    """All ckpt-<step>.pt of a folder, sorted by step; files with other names are ignored."""
     return sorted(folder.glob("ckpt-" + 8 * "[0-9]" + ".pt"))
 
 
 def load(path: str | Path) -> dict:
-    """A checkpoint, on the CPU. Raises ValueError in one line if it is missing, damaged or not ours."""
+    """Load a checkpoint onto the CPU. Raises a one-line ValueError if it is missing, damaged or not ours."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}")
     try:
-        with zipfile.ZipFile(path) as archive:            # torch.load itself checks no CRC
+        with zipfile.ZipFile(path) as archive:            # torch.load does not check CRCs
             if damaged := archive.testzip():
-                raise ValueError(f"{damaged} is not what was written")
+                raise ValueError(f"{damaged} fails its CRC check")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:      # on damaged bytes the unpickler raises nearly every type
+    except Exception as error:      # damaged bytes make the unpickler raise almost any exception
         reason = str(error).split("\n")[0].split(". ")[0][:120]
-        raise ValueError(f"{path} is damaged or no checkpoint ({reason}): use an older one") from error
+        raise ValueError(f"{path} is damaged or not a checkpoint ({reason}): use an older one") from error
     known = isinstance(state, dict) and {"step", "config", "args"} <= state.keys()
     if not known or not {"model", "ema"} & state.keys():
         raise ValueError(f"{path} is not a checkpoint of train.py: step, config, args or weights are missing")
@@ -89,9 +89,9 @@ def load(path: str | Path) -> dict:
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of a run that loads, and what was wrong with newer ones, a line each.
+    """The newest checkpoint of a run that loads, and one line about each newer one that does not.
 
-    (None, []) if there is none at all; raises ValueError if there are some and none loads.
+    (None, []) if there are no checkpoints; raises ValueError if there are some but none loads.
     """
     damaged: list[str] = []
     for path in candidates(folder):
@@ -102,12 +102,12 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
         else:
             return path, damaged
     if damaged:
-        raise ValueError(f"{damaged[0]}, but {folder} has none that loads: choose another --out")
+        raise ValueError(f"{damaged[0]}, but no checkpoint in {folder} loads: choose another --out")
     return None, []
 
 
 def candidates(folder: Path) -> Iterator[Path]:
-    """ckpt.pt, then the numbered ones from the newest on, without its second name."""
+    """Yield ckpt.pt, then the numbered checkpoints from newest to oldest, except ckpt.pt's second name."""
     path = folder / "ckpt.pt"
     if path.exists():
         yield path
@@ -117,15 +117,15 @@ def candidates(folder: Path) -> Iterator[Path]:
 
 
 def load_model(path: str | Path, raw: bool = False) -> tuple[Autoencoder, dict]:
-    """The autoencoder of a checkpoint, in eval mode, and the checkpoint itself.
+    """Load the autoencoder of a checkpoint, in eval mode, and the checkpoint itself.
 
-    EMA weights where the checkpoint has them, unless `raw`. Raises ValueError as `load` does, and for `raw`
-    on a file of averaged weights alone.
+    Uses the EMA weights if the checkpoint has them, unless `raw`. Raises ValueError like `load`, and if `raw`
+    is set but the file has only averaged weights.
     """
     state = load(path)
     model = build(to_config(state, path))
     if raw and "model" not in state:
-        raise ValueError(f"{path} has the averaged weights alone: --raw needs a ckpt.pt")
+        raise ValueError(f"{path} has only averaged weights: --raw needs a ckpt.pt")
     weights = state["model"] if raw or state.get("ema") is None else state["ema"]
     load_weights(model, weights, path)
     return model.eval(), state
@@ -139,12 +139,12 @@ def to_config(state: dict, path: str | Path) -> AutoencoderConfig:
 
 
 def load_weights(module: torch.nn.Module, weights: dict, path: str | Path) -> None:
-    """Strict load; ValueError with the first difference instead of torch's page of key names."""
+    """Strict load; raises ValueError with the first difference instead of torch's full list of keys."""
     own = {name: tensor.shape for name, tensor in module.state_dict().items()}
     for name in [*own, *weights]:
         ours, theirs = own.get(name), getattr(weights.get(name), "shape", None)
         if ours != theirs:
-            raise ValueError(f"{path} does not fit: {name} is {show(theirs)} there and {show(ours)} here")
+            raise ValueError(f"{path} does not fit: {name} is {show(theirs)} there, but {show(ours)} here")
     module.load_state_dict(weights)
 
 
@@ -153,7 +153,7 @@ def show(shape: torch.Size | None) -> str:
 
 
 def check_config(state: dict, config: AutoencoderConfig, path: str | Path) -> None:
-    """ValueError, naming the first difference, unless the checkpoint has the architecture of `config`."""
+    """Raise ValueError with the first difference unless the checkpoint has the architecture of `config`."""
     saved, wanted = asdict(to_config(state, path)), asdict(config)
     for name in wanted:
         if saved[name] != wanted[name] and name not in ("scale_factor", "shift_factor"):
@@ -164,7 +164,7 @@ def check_config(state: dict, config: AutoencoderConfig, path: str | Path) -> No
 
 
 def git_hash() -> str | None:
-    """The commit of this repository, with a + if files differ from it; None without git."""
+    """The commit hash of this repository, with a + if files have been changed; None without git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
     try:
         done = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True)

@@ -1,11 +1,13 @@
-"""Images in: folders, archives and synthetic pictures; decoding, cropping, the order of samples, loaders.
+"""Training and validation data: resizing and cropping, the order of samples, data sets and loaders.
 
-`open_source` lists the images behind a --data value and `load_rgb` decodes one; `TrainSet` and `ValSet` make
-uint8 tensors of them, the loaders make batches, and `to_float` takes those to [-1, 1].
+runtime/sources.py lists the images behind a --data value (`open_source`) and decodes them (`load_rgb`).
+`TrainSet` and `ValSet` turn them into uint8 tensors, the loaders form batches, and `to_float` maps a batch
+to [-1, 1].
 
-No random state lives here. Sample k of a run (k = step * global batch + row) is a pure function of (seed, k):
-its place in the epoch's permutation, scale, crop and flip. So the step alone resumes a run, and 1, 2 or 4
-processes with the same global batch see the same samples. A broken file gives way to another by this rule.
+There is no random state. Sample k of a run (k = step * global batch + row) is a pure function of (seed, k):
+its position in the epoch's permutation, scale, crop and flip. Resuming therefore needs only the step, and 1,
+2 or 4 processes with the same global batch see the same samples. The same rule selects the replacement of a
+broken file.
 """
 
 import atexit
@@ -37,7 +39,7 @@ from runtime.sources import (
     SyntheticSource,
 )
 
-MAX_TRIES = 100            # broken files in a row before training ends
+MAX_TRIES = 100            # training ends after this many broken files in a row
 ORDER, CROP = 1, 2         # tags that keep the random streams of one seed apart
 
 
@@ -45,7 +47,7 @@ ORDER, CROP = 1, 2         # tags that keep the random streams of one seed apart
 
 
 def _resize(image: Image.Image, side: int, kind: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
-    """Short side to `side`, long side to int(side * long / short) as torchvision has it; PIL filters."""
+    """Resize the short side to `side`, the long side to int(side * long / short) like torchvision, by PIL."""
     width, height = image.size
     size = (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
     return _check_strip(image, size).resize(size, kind)
@@ -54,12 +56,12 @@ def _resize(image: Image.Image, side: int, kind: Image.Resampling = Image.Resamp
 def _check_strip(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     if size[0] * size[1] > MAX_PIXELS:
         strip, resized = (f"{width} x {height}" for width, height in (image.size, size))
-        raise BrokenImage(f"{strip} is too thin a strip, {resized} when resized")
+        raise BrokenImage(f"{strip} is too thin: resizing would make it {resized}")
     return image
 
 
 def val_transform(image: Image.Image, res: int, resize: str = "bicubic") -> Image.Image:
-    """Short side to `res`, then the central res x res; `resize` is one of RESIZES."""
+    """Resize the short side to `res` and crop the central res x res; `resize` is one of RESIZES."""
     return RESIZES[resize](image, res)
 
 
@@ -69,7 +71,7 @@ def _bicubic(image: Image.Image, res: int) -> Image.Image:
 
 
 def _bilinear(image: Image.Image, res: int) -> Image.Image:
-    """PIL bilinear, torchvision's default: softer, 1.3 dB easier to reconstruct than bicubic."""
+    """PIL bilinear, torchvision's default; softer than bicubic and 1.3 dB easier to reconstruct."""
     return _center(_resize(image, res, Image.Resampling.BILINEAR), res)
 
 
@@ -79,7 +81,10 @@ def _center(image: Image.Image, res: int) -> Image.Image:
 
 
 def _adm(image: Image.Image, res: int) -> Image.Image:
-    """guided-diffusion's rule: halve with a box while `res` is left, then bicubic; it rounds its own way."""
+    """guided-diffusion's resize: halve with a box filter until the short side is below 2 res, then bicubic.
+
+    Its rounding differs from the other resizes.
+    """
     while min(image.size) >= 2 * res:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     size = _short_side(image, res)
@@ -87,7 +92,7 @@ def _adm(image: Image.Image, res: int) -> Image.Image:
 
 
 def _opencv(image: Image.Image, res: int) -> Image.Image:
-    """Two-tap bilinear without antialiasing, as OpenCV's INTER_LINEAR (to its last, fixed-point level)."""
+    """Two-tap bilinear without antialiasing, like OpenCV's INTER_LINEAR up to its fixed-point rounding."""
     width, height = _short_side(image, res)
     _check_strip(image, (width, height))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
@@ -97,7 +102,7 @@ def _opencv(image: Image.Image, res: int) -> Image.Image:
 
 
 def _short_side(image: Image.Image, res: int) -> tuple[int, int]:
-    """(width, height) with a short side of `res`, the long side rounded to the nearest."""
+    """(width, height) with a short side of `res` and the long side rounded to the nearest integer."""
     scale = res / min(image.size)
     return round(image.width * scale), round(image.height * scale)
 
@@ -112,7 +117,10 @@ RESIZES = {"bicubic": _bicubic, "bilinear": _bilinear, "adm": _adm, "opencv": _o
 
 def train_transform(image: Image.Image, res: int, side: int, flip: bool, rng: np.random.Generator
                     ) -> Image.Image:
-    """PIL bicubic to short side `side` >= res, random res x res crop, with `flip` mirrored half the time."""
+    """Resize the short side to `side` >= res (PIL bicubic), then crop res x res at random.
+
+    With `flip`, mirror half of the images.
+    """
     image = _resize(image, side)
     left, top = int(rng.integers(image.width - res + 1)), int(rng.integers(image.height - res + 1))
     image = image.crop((left, top, left + res, top + res))
@@ -120,18 +128,18 @@ def train_transform(image: Image.Image, res: int, side: int, flip: bool, rng: np
 
 
 def to_tensor(image: Image.Image, channels: int = 3) -> Tensor:
-    """PIL RGB -> uint8 (channels, H, W), 3 or 1 (BT.601 luma); raises ValueError on other channels."""
+    """PIL RGB -> uint8 (channels, H, W) with 3 channels or 1 (BT.601 luma); ValueError for other numbers."""
     if channels not in (1, 3):
-        raise ValueError(f"images have 1 (grey) or 3 (RGB) channels, not {channels}")
+        raise ValueError(f"images must have 1 (grey) or 3 (RGB) channels, not {channels}")
     pixels = np.array(image if channels == 3 else image.convert("L"))    # a copy: PIL's memory is read-only
     pixels = pixels.reshape(image.height, image.width, channels)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 0..255 -> the model's float32 x in [-1, 1]; raises ValueError on any other dtype."""
-    if images.dtype != torch.uint8:    # scaled twice, pictures come out washed-out
-        raise ValueError(f"images are {images.dtype}, not uint8 0..255")
+    """uint8 0..255 -> the model's float32 input in [-1, 1]; raises ValueError for any other dtype."""
+    if images.dtype != torch.uint8:    # scaling twice would wash out the images
+        raise ValueError(f"expected uint8 images in 0..255, got {images.dtype}")
     return images.float() / 127.5 - 1
 
 
@@ -139,14 +147,15 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def split_val(source: Source, n: int = 256) -> tuple[Source, Source]:
-    """Hold n images out of training -> (train, val): those of smallest name hash, however they are listed.
+    """Hold n images out of training -> (train, val).
 
-    A source of fewer than 4n images gives a quarter, but at least one; raises ValueError if it has but one.
+    Validation gets the n images whose names have the smallest hashes, whatever their order. A source of fewer
+    than 4n images gives a quarter of them, at least one; raises ValueError if it has only one image.
     """
     if isinstance(source, SyntheticSource):
         return source, SyntheticSource(HELD_OUT, n)
     if len(source) == 1:
-        raise ValueError(f"data source {source.spec!r} is one image, none to hold out; give --val-data")
+        raise ValueError(f"data source {source.spec!r} has only one image, none to hold out; give --val-data")
     names = [os.fsencode(source.name(i)) for i in range(len(source))]
     hashes = [hashlib.blake2b(name, digest_size=8).digest() for name in names]
     order = sorted(range(len(source)), key=hashes.__getitem__)
@@ -159,16 +168,16 @@ def default_train_spec() -> str:
     return _imagenet("train", "--data synthetic (needs no files) or --data with any folder of images")
 
 
-# where the validation images lie below a folder: torchvision's layout, the original archives', LDM's, shards
-# of webdataset, and the archive as it is downloaded
+# where to find the validation images in a folder: the layouts of torchvision, of the original archives and of
+# LDM, webdataset shards, and the archive as downloaded
 VAL_PLACES = ("val", "ILSVRC/Data/CLS-LOC/val", "Data/CLS-LOC/val", "ILSVRC2012_validation/data",
               "imagenet-val-*.tar", "ILSVRC2012_img_val.tar")
 
 
 def imagenet_val_spec(root: str | None = None) -> str:
-    """The --data value of ImageNet's validation set below `root`, in any layout of VAL_PLACES, else `root`.
+    """The --data value for ImageNet's validation set in `root`, in any layout of VAL_PLACES, else `root`.
 
-    Without a root: below $IMAGENET, datasets/imagenet or LDM's cache; raises ValueError if it is in none.
+    Without a root, searches $IMAGENET, datasets/imagenet and LDM's cache; raises ValueError if all lack it.
     """
     if root:
         return _below(root) or root
@@ -188,7 +197,7 @@ def _below(root: str) -> str | None:
 
 
 def by_file_name(source: "FileSource") -> "FileSource":
-    """The same images in the order of their bare file names: ImageNet's layouts then list them alike."""
+    """The source sorted by bare file name, which gives the same order for all of ImageNet's layouts."""
     return source.select(sorted(range(len(source)), key=lambda i: os.path.basename(source.name(i))))
 
 
@@ -206,21 +215,21 @@ def _imagenet(split: str, third_way: str) -> str:
 
 
 def default_val_spec(train_spec: str) -> str | None:
-    """The folder val or validation beside a folder named train; None if there is none."""
+    """The folder val or validation next to a folder named train; None if there is none."""
     train = Path(train_spec)
     beside = [train.with_name(name) for name in ("val", "validation")] if train.name == "train" else []
     return next((str(folder) for folder in beside if folder.is_dir()), None)
 
 
-# ---- sets: numbered samples --------------------------------------------------------------------------------
+# ---- data sets of numbered samples -------------------------------------------------------------------------
 
 
 class TrainSet(Dataset):
     """Training samples, numbered 0, 1, 2, ... over the whole run, each a pure function of (seed, number).
 
-    rescale: (lo, hi), the short side is uniform in [lo * res, hi * res] before the res x res crop.
-    Item: (uint8 (channels, res, res), messages on the broken files that gave way to it). Raises ValueError on
-    a rescale below 1, NoImages when MAX_TRIES files in a row are broken.
+    rescale: (lo, hi); the short side is uniform in [lo * res, hi * res] before the res x res crop.
+    Item: (uint8 (channels, res, res), messages about the broken files that it replaces). Raises ValueError
+    if rescale is below 1, and NoImages if MAX_TRIES files in a row are broken.
     """
 
     def __init__(self, source: Source, res: int, seed: int, rescale: tuple[float, float] = (1, 1),
@@ -229,10 +238,10 @@ class TrainSet(Dataset):
             raise ValueError(f"rescale is {rescale[0]} {rescale[1]}, but must be 1 <= low <= high")
         self.source, self.res, self.seed, self.flip, self.channels = source, res, seed, flip, channels
         self.sides = round(res * rescale[0]), round(res * rescale[1])
-        self._order = -1, np.empty(0, dtype=np.int64)    # the last epoch asked for and its permutation
+        self._order = -1, np.empty(0, dtype=np.int64)    # the last requested epoch and its permutation
 
     def order(self, epoch: int) -> np.ndarray:
-        """The permutation in which an epoch goes through the source."""
+        """The permutation of the source in this epoch."""
         if self._order[0] != epoch:
             rng = np.random.default_rng([self.seed, epoch, ORDER])
             self._order = epoch, rng.permutation(len(self.source))
@@ -254,14 +263,14 @@ class TrainSet(Dataset):
             except BrokenImage as error:
                 broken.append(f"{self.source.path(index)}: {error}")
         raise NoImages(f"data source {self.source.spec!r}: {len(broken)} broken images in a row, the last "
-                         f"is {broken[-1]}; repair them or give other data")
+                         f"is {broken[-1]}; repair them or use other data")
 
 
 class ValSet(Dataset):
-    """Validation images, the same in every run; with a limit, that many spread evenly over the source.
+    """Validation images, the same in every run; `limit` selects that many, evenly spread over the source.
 
-    Item: (uint8 (channels, res, res), ()). A broken file is not replaced, as another image would count twice:
-    its item is (None, (message,)), which `collate` leaves out, and the metrics are over one image fewer.
+    Item: (uint8 (channels, res, res), ()). A broken file is not replaced, since the replacement would count
+    twice. Its item is (None, (message,)), which `collate` drops, and the metrics cover one image fewer.
     """
 
     def __init__(self, source: Source, res: int, limit: int | None = None, channels: int = 3,
@@ -273,7 +282,7 @@ class ValSet(Dataset):
         return self.count
 
     def name(self, i: int) -> str:
-        """What image i is called in its source."""
+        """Name of image i in its source."""
         return self.source.name(i * len(self.source) // self.count)
 
     def __getitem__(self, i: int) -> tuple[Tensor | None, tuple[str, ...]]:
@@ -289,9 +298,10 @@ class ValSet(Dataset):
 
 
 class GlobalBatchSampler(Sampler):
-    """The sample numbers of one process, a list per micro-batch, for steps start_step .. steps - 1.
+    """Sample numbers of one process, one list per micro-batch, for steps start_step .. steps - 1.
 
-    Step s is samples s * G .. (s + 1) * G - 1, G = batch_size * accumulate * world, whoever works on them.
+    Step s has samples s * G .. (s + 1) * G - 1 with G = batch_size * accumulate * world, for any division of
+    G among processes and micro-batches.
     """
 
     def __init__(self, batch_size: int, accumulate: int, rank: int, world: int, start_step: int, steps: int):
@@ -299,7 +309,7 @@ class GlobalBatchSampler(Sampler):
         self.start_step, self.steps = start_step, steps
 
     def rows(self, micro: int) -> slice:
-        """The rows of the global batch that this process has in a micro-batch; noise is cut alike."""
+        """Rows of the global batch in this process's micro-batch `micro`; noise is sliced the same way."""
         first = (micro * self.world + self.rank) * self.batch_size
         return slice(first, first + self.batch_size)
 
@@ -315,14 +325,14 @@ class GlobalBatchSampler(Sampler):
 
 
 def collate(items: Sequence[tuple[Tensor | None, tuple[str, ...]]]) -> tuple[Tensor, list[str]]:
-    """Items -> (uint8 (B, C, res, res), messages on broken files); len(batch) is 0 if no image is good."""
+    """Items -> (uint8 (B, C, res, res), messages about broken files); len(batch) is 0 if all are broken."""
     images = [image for image, _ in items if image is not None]
     batch = torch.stack(images) if images else torch.empty(0, dtype=torch.uint8)
     return batch, [message for _, broken in items for message in broken]
 
 
 def report_broken(batches: Iterable[tuple[Any, list[str]]], seen: set[str]) -> Iterator[Any]:
-    """The images of each batch; a file found broken is named on stderr, once, and put into `seen`."""
+    """Yield the images of each batch; report each broken file once, on stderr, and add it to `seen`."""
     for batch, broken in batches:
         for message in broken:
             if message not in seen:
@@ -332,7 +342,7 @@ def report_broken(batches: Iterable[tuple[Any, list[str]]], seen: set[str]) -> I
 
 
 def _start_worker(worker: int) -> None:
-    """Ctrl-C and a job's end reach every process; the main one alone answers, and a worker ends with it."""
+    """Ignore Ctrl-C and the signals that end a job; the main process handles them and ends its workers."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
@@ -344,8 +354,8 @@ def _kill_workers() -> None:
 
 def _loader(dataset: Dataset, num_workers: int, device: torch.device | str, collate_fn=collate,
             **batching) -> DataLoader:
-    """Workers run on one torch thread each, which is torch's own rule."""
-    atexit.register(_kill_workers)    # before Python waits for them to obey SIGTERM, which they ignore
+    """Each worker uses one torch thread, which is torch's default."""
+    atexit.register(_kill_workers)    # or Python would wait at exit for workers, which ignore SIGTERM
     return DataLoader(dataset, num_workers=num_workers, collate_fn=collate_fn, worker_init_fn=_start_worker,
                       pin_memory=torch.device(device).type == "cuda", persistent_workers=num_workers > 0,
                       prefetch_factor=4 if num_workers else None, **batching)
@@ -353,9 +363,9 @@ def _loader(dataset: Dataset, num_workers: int, device: torch.device | str, coll
 
 def train_loader(train_set: TrainSet, batches: GlobalBatchSampler, num_workers: int,
                  device: torch.device | str) -> DataLoader:
-    """Batches as `collate` returns them, one per list of `batches`.
+    """Batches as returned by `collate`, one per list of `batches`.
 
-    Reads sample 0 at once: data without one good image raises ValueError here and not in a worker.
+    Reads sample 0 immediately, so data without any readable image raises ValueError here, not in a worker.
     """
     train_set[0]
     return _loader(train_set, num_workers, device, batch_sampler=batches)
@@ -363,9 +373,9 @@ def train_loader(train_set: TrainSet, batches: GlobalBatchSampler, num_workers: 
 
 def val_loader(val_set: ValSet, batch_size: int, num_workers: int, device: torch.device | str, rank: int,
                world: int) -> DataLoader:
-    """Batches of every world-th image from `rank` on, unpadded: over all ranks each image is seen once.
+    """Batches of every world-th image from `rank` on, without padding, so the ranks see each image once.
 
-    Reads the first images at once, until one is good: if eight are broken, raises ValueError here.
+    Reads the first images immediately, until one is readable; raises ValueError if eight in a row are broken.
     """
     _check_readable(val_set)
     shard = range(rank, len(val_set), world)
@@ -375,12 +385,12 @@ def val_loader(val_set: ValSet, batch_size: int, num_workers: int, device: torch
 def _check_readable(val_set: ValSet) -> None:
     first = (val_set[i] for i in range(min(8, len(val_set))))
     if all(image is None for image, _ in first):
-        raise ValueError(f"data source {val_set.source.spec!r}: the first images to validate on are all "
-                         f"broken, {val_set[0][1][0]}; repair them or give others")
+        raise ValueError(f"data source {val_set.source.spec!r}: the first validation images are all broken "
+                         f"({val_set[0][1][0]}); repair them or use others")
 
 
 class _Numbered(Dataset):
-    """A ValSet whose items begin with their number."""
+    """A ValSet whose items start with their number."""
 
     def __init__(self, val_set: ValSet):
         self.val_set = val_set
@@ -397,7 +407,7 @@ def _collate_numbered(items: Sequence[tuple[int, Tensor | None, tuple[str, ...]]
 
 def numbered_loader(val_set: ValSet, batch_size: int, num_workers: int, device: torch.device | str, rank: int,
                     world: int) -> DataLoader:
-    """As `val_loader`, but what `report_broken` yields is (numbers in the set, images) of each batch."""
+    """Like `val_loader`, but `report_broken` yields (numbers in the set, images) for each batch."""
     _check_readable(val_set)
     shard = range(rank, len(val_set), world)
     return _loader(_Numbered(val_set), num_workers, device, _collate_numbered, batch_size=batch_size,

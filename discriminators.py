@@ -1,15 +1,15 @@
 """PatchGAN (Isola et al. 2017, as in taming) and the U-Net discriminator (Schonfeld et al. 2020).
 
-Every discriminator maps images (B, C, H, W) in [-1, 1] to a tuple of logit tensors, one per head, so that
-the losses treat them alike. It says how many `heads` it has, and that it takes images whose sides are
-multiples of `stride` and at least `min_size` pixels. DISCRIMINATORS, at the end, builds each from the
+Every discriminator maps images (B, C, H, W) in [-1, 1] to a tuple of logit tensors, one per head, so the
+losses treat all discriminators alike. `heads` is the number of heads. Image sides must be multiples of
+`stride` and at least `min_size` pixels. DISCRIMINATORS, at the end, builds each discriminator from the
 number of channels and the side of the training images.
 
-What differs from the published nets. U-Net: one network for every size. It is the published layout for 256
-(stride 64) without the linear layer that it builds and never uses; the image head pools by 16 x mean
-instead of a sum, which is equal at 256 and keeps the logit's scale elsewhere; the power iteration of the
-spectral norm runs when `update_spectral_norm` is called (once per discriminator step), not in every forward
-pass. PatchGAN: nothing; its batch norm statistics are those of each process.
+What differs from the published networks. U-Net: one network serves every size. It has the published layout
+for 256 pixels (stride 64), without the linear layer that the original builds and never uses. The image head
+pools by 16 x mean instead of a sum, which is equal at 256 pixels and keeps the scale of the logit at other
+sizes. The power iteration of the spectral norm runs in `update_spectral_norm` (once per discriminator step),
+not in every forward pass. PatchGAN: nothing; batch norm statistics are computed per process.
 """
 
 from itertools import pairwise
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 class PatchGAN(nn.Module):
     """70x70 patch discriminator with batch norm: (B, C, H, W) -> ((B, 1, H/8 - 2, W/8 - 2),).
 
-    Real and fake images belong in separate calls: each call has its own batch statistics, those of one
-    process. The running ones are kept for the published layout alone: nothing reads them.
+    Pass real and fake images in separate calls: each call uses its own batch statistics, on one process. The
+    running statistics exist only to match the published layout; nothing reads them.
     """
 
     stride = 8
@@ -52,7 +52,7 @@ class PatchGAN(nn.Module):
 
     @staticmethod
     def init_weights(module: nn.Module) -> None:
-        """taming's: conv weights N(0, 0.02), batch norm weights N(1, 0.02), conv biases torch's default."""
+        """As in taming: conv weights N(0, 0.02), batch norm weights N(1, 0.02), default conv biases."""
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, 0.0, 0.02)
         elif isinstance(module, nn.BatchNorm2d):
@@ -67,11 +67,11 @@ class PatchGAN(nn.Module):
 
 
 class SpectralConv2d(nn.Conv2d):
-    """Convolution with weight W / sigma(W), sigma the largest singular value of W as a matrix (out, in k k).
+    """Convolution with weight W / sigma(W), where sigma is the largest singular value of W as (out, in k k).
 
-    sigma = u' W v, where one power iteration per call of `power_iteration` tracks u and v; the forward pass
-    changes no state, so it may run any number of times per step. Orthogonal init, so sigma starts exact.
-    Kernels of odd size keep H and W, one of 4 with stride 2 halves them.
+    sigma = u' W v, and each call of `power_iteration` updates u and v once. The forward pass changes no
+    state, so it may run any number of times per step. The orthogonal initialisation makes sigma exact at the
+    start. Odd kernel sizes keep H and W; a 4x4 kernel with stride 2 halves them.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> None:
@@ -94,7 +94,7 @@ class SpectralConv2d(nn.Conv2d):
 
 
 class DownBlock(nn.Module):
-    """Residual block and pooling: (B, C, H, W) -> (B, C', H/2, W/2); the first has no leading ReLU."""
+    """Residual block and pooling: (B, C, H, W) -> (B, C', H/2, W/2); the first block has no leading ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, first: bool) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class UpBlock(nn.Module):
 class UNetDiscriminator(nn.Module):
     """Pixel-wise discriminator: (B, C, H, W) -> (pixel logits (B, 1, H, W), image logit (B, 1, 1, 1)).
 
-    H and W are multiples of 64, else ValueError. width 16, 32, 64 are open-LiteVAE's S, M, L.
+    Raises ValueError unless H and W are multiples of 64. Widths 16, 32 and 64 are open-LiteVAE's S, M and L.
     """
 
     stride = 64
@@ -167,7 +167,7 @@ class UNetDiscriminator(nn.Module):
 
 
 # ----------------------------------------------------------------------------
-# presets, and what holds for all
+# presets and helpers for all discriminators
 
 # name -> function of (channels, side) of the training images
 DISCRIMINATORS = {
@@ -179,14 +179,14 @@ DISCRIMINATORS = {
 
 
 def update_spectral_norm(disc: nn.Module) -> None:
-    """One power iteration in every SpectralConv2d of `disc`; depends on the weights alone, so ranks agree."""
+    """Run one power iteration in every SpectralConv2d; it depends only on the weights, so ranks agree."""
     for module in disc.modules():
         if isinstance(module, SpectralConv2d):
             module.power_iteration()
 
 
 def check_size(disc: nn.Module, height: int, width: int) -> None:
-    """ValueError unless `disc` takes images of this size."""
+    """Raise ValueError unless `disc` accepts images of this size."""
     if height % disc.stride or width % disc.stride or min(height, width) < disc.min_size:
         raise ValueError(
             f"{type(disc).__name__} takes multiples of {disc.stride} pixels, at least {disc.min_size}, "

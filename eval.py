@@ -1,13 +1,14 @@
-"""Score an autoencoder: rFID, PSNR, SSIM and LPIPS of reconstructions, and the protocol that they follow.
+"""Score an autoencoder: rFID, PSNR, SSIM and LPIPS of its reconstructions, under a documented protocol.
 
-    python eval.py out/litevae-b-128/ckpt.pt --imagenet-val       # or --data with any images
-    torchrun --nproc_per_node=8 eval.py CKPT --imagenet-val       # the same numbers, sooner
+    python eval.py out/litevae-b-128/ckpt.pt --imagenet-val       # or --data SRC for other images
+    torchrun --nproc_per_node=8 eval.py CKPT --imagenet-val       # the same scores, faster
     python eval.py CKPT --data photos --res 64,128,256 --plot curve.png
     python eval.py --diffusers sd-vae-ft-mse --data photos --res 256        # or --open-litevae, --model
 
-Default protocol: short side to --res by PIL bicubic, centre crop, posterior mean, EMA weights, fp32, the
-reconstruction rounded to 8 bits, every metric from the pair of 8-bit images (others: metrics.PROTOCOLS).
-A metric whose weights are missing is reported as unavailable; the exit code is 3 if --metrics named it.
+Default protocol: short side resized to --res by PIL bicubic, centre crop, posterior mean, EMA weights, fp32,
+reconstructions rounded to 8 bits, all metrics computed from the pair of 8-bit images (others: see
+metrics.PROTOCOLS). Metrics whose weights are missing are reported as unavailable; the exit code is 3 if
+--metrics named one of them.
 """
 
 import argparse
@@ -41,8 +42,8 @@ NETWORK_METRICS = {   # name: network of weights.URLS
 }
 WANTED = ("lpips_vgg", "lpips_alex", "rfid")    # without --metrics
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "lpips", "clean-fid")
-BIAS = ("of Gaussian features with a true rFID of .40, paired as here, 1,000 images give 5.75, 5,000 1.61, "
-        "50,000 .52: compare rFID at equal N only")
+BIAS = ("for Gaussian features with a true rFID of .40, paired as here, 1,000 images give 5.75, 5,000 give "
+        "1.61 and 50,000 give .52; compare rFID only at equal N")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -52,51 +53,51 @@ BIAS = ("of Gaussian features with a true rFID of .40, paired as here, 1,000 ima
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.ArgumentParser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("ckpt", metavar="CKPT", nargs="?", help="checkpoint of train.py")
-    add("--raw", action="store_true", help="the weights themselves, not their moving average")
-    add("--diffusers", metavar="PATH", help="instead: an AutoencoderKL, as a folder or a .safetensors file")
-    add("--open-litevae", metavar="FILE", help="instead: a checkpoint of open-LiteVAE")
+    add("ckpt", metavar="CKPT", nargs="?", help="checkpoint from train.py")
+    add("--raw", action="store_true", help="use the raw weights, not their moving average")
+    add("--diffusers", metavar="PATH", help="score an AutoencoderKL instead: a folder or a .safetensors file")
+    add("--open-litevae", metavar="FILE", help="score an open-LiteVAE checkpoint instead")
     add("--model", metavar="MODULE:NAME",
-        help="instead: any callable, of a module found from here, of images (B, 3, H, W) in [-1, 1]")
+        help="score a callable importable from here instead; images are (B, 3, H, W) in [-1, 1]")
     images = parser.add_argument_group("images").add_argument
     images("--imagenet-val", nargs="?", const=DEFAULT, metavar="PATH",
            help="ImageNet's 50,000 validation images: class folders, a flat folder, tars, or a folder that "
-                "holds one of these (default: below $IMAGENET, datasets/imagenet or LDM's cache)")
-    images("--data", metavar="SRC", help="any images instead: folders, .tar, .zip, globs, joined by commas")
+                "contains one of these (default: below $IMAGENET, datasets/imagenet or LDM's cache)")
+    images("--data", metavar="SRC", help="other images: folders, .tar, .zip, globs, separated by commas")
     images("--res", type=resolutions, metavar="N[,N]",
-           help="side of the square images, pixels; several give a curve (default: the checkpoint's)")
+           help="side of the square images, pixels; several values give a curve (default: the checkpoint's)")
     images("--limit", type=cli.positive, help="score this many images, spread over the set (default: all)")
     scores = parser.add_argument_group("scores").add_argument
-    scores("--protocol", choices=tuple(metrics.PROTOCOLS), default="default", help="whose choices to follow")
+    scores("--protocol", choices=tuple(metrics.PROTOCOLS), default="default", help="evaluation protocol")
     scores("--metrics", type=metric_names, metavar="NAME[,NAME]",
            help="psnr, ssim, lpips (vgg and alex), lpips_vgg, lpips_alex, lpips_squeeze, rfid (default: all "
-                "but squeeze); PSNR and SSIM are always given")
+                "but squeeze); PSNR and SSIM are always computed")
     scores("--jackknife", action="store_true",
-           help="rFID's interval of 95 percent; 2.7 GB and 11 times its last step")
-    scores("--vgg-file", metavar="FILE", help="weights of LPIPS VGG (default: torch hub's cache)")
-    scores("--alex-file", metavar="FILE", help="weights of LPIPS Alex (default: torch hub's cache)")
-    scores("--inception-file", metavar="FILE", help="weights of rFID (default: torch hub's cache)")
+           help="compute the 95 percent interval of rFID; takes 2.7 GB and runs its last step 11 times")
+    scores("--vgg-file", metavar="FILE", help="LPIPS VGG weights (default: torch hub's cache)")
+    scores("--alex-file", metavar="FILE", help="LPIPS Alex weights (default: torch hub's cache)")
+    scores("--inception-file", metavar="FILE", help="rFID Inception weights (default: torch hub's cache)")
     output = parser.add_argument_group("output").add_argument
     output("--json", metavar="FILE", help="write scores, intervals, protocol and versions here")
     output("--per-image", metavar="FILE", help="write each image's scores here, as CSV")
-    output("--grid", metavar="FILE", help="write a picture here: 8 inputs above their reconstructions")
-    output("--extremes", metavar="FILE", help="write a picture here: the images of lowest and highest PSNR")
-    output("--extremes-count", type=cli.positive, default=8, help="of each")
-    output("--plot", metavar="FILE", help="write the curve of several --res here")
+    output("--grid", metavar="FILE", help="write 8 inputs above their reconstructions here")
+    output("--extremes", metavar="FILE", help="write the images with the lowest and highest PSNR here")
+    output("--extremes-count", type=cli.positive, default=8, help="number of images at each extreme")
+    output("--plot", metavar="FILE", help="write a plot of the scores over several --res here")
     system = parser.add_argument_group("system").add_argument
-    system("--precision", choices=("fp32", "bf16"), default="fp32", help="of the model; metrics are fp32")
+    system("--precision", choices=("fp32", "bf16"), default="fp32", help="model precision; metrics use fp32")
     system("--batch-size", type=cli.positive, default=16, help="images per process")
-    system("--num-workers", type=cli.natural, default=4, help="loader processes per process")
+    system("--num-workers", type=cli.natural, default=4, help="data loader workers per process")
     system("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
     if args.ckpt is None and args.imagenet_val not in (None, DEFAULT):
         args.ckpt, args.imagenet_val = args.imagenet_val, DEFAULT     # eval.py --imagenet-val ckpt.pt
     scored = [args.ckpt, args.diffusers, args.open_litevae, args.model]
     if sum(name is not None for name in scored) != 1:
-        parser.error("score what? one of a checkpoint, --diffusers, --open-litevae, --model; for example: "
+        parser.error("give one of a checkpoint, --diffusers, --open-litevae and --model; for example: "
                      "eval.py out/litevae-b-128/ckpt.pt --imagenet-val")
     if (args.data is None) == (args.imagenet_val is None):
-        parser.error("which images? give either --imagenet-val [PATH] or --data SRC")
+        parser.error("give either --imagenet-val [PATH] or --data SRC")
     return args
 
 
@@ -110,28 +111,28 @@ def metric_names(text: str) -> list[str]:
         names += ["lpips_vgg", "lpips_alex"] if word == "lpips" else [word]
     for name in names:
         if name not in (*NETWORK_METRICS, "psnr", "ssim"):
-            raise argparse.ArgumentTypeError(f"no metric {name!r}; choose from psnr, ssim, lpips, "
+            raise argparse.ArgumentTypeError(f"unknown metric {name!r}; choose from psnr, ssim, lpips, "
                                              f"{', '.join(NETWORK_METRICS)}")
     return names
 
 
 # ------------------------------------------------------------------------------------------------------------
-# set-up: what is scored, on what, by what
+# set-up: model, images, networks of the metrics
 
 
 def open_model(args: argparse.Namespace) -> tuple[nn.Module, dict]:
-    """The network to score, and what the report says of it."""
+    """Returns the network to score and the report's entries about it."""
     if args.ckpt:
         return open_checkpoint(args)
     if args.raw:
-        raise ValueError("--raw needs a checkpoint of train.py, others have one set of weights")
+        raise ValueError("--raw needs a checkpoint from train.py; other models have only one set of weights")
     if args.res is None:
-        raise ValueError("which --res? only a checkpoint of train.py says what it was trained at")
+        raise ValueError("give --res; only checkpoints from train.py record their training resolution")
     name = args.diffusers or args.open_litevae or args.model
     about = {"checkpoint": name, "step": None, "weights": "its own"}
     if args.model:
         if metrics.PROTOCOLS[args.protocol].sample:
-            raise ValueError(f"--protocol {args.protocol} samples a posterior, --model has none")
+            raise ValueError(f"--protocol {args.protocol} samples a posterior, but --model has none")
         return foreign.load_callable(name), about
     load = foreign.load_diffusers if args.diffusers else foreign.load_open_litevae
     model, source = load(name)
@@ -153,14 +154,14 @@ def open_checkpoint(args: argparse.Namespace) -> tuple[Autoencoder, dict]:
 
 
 def check_res(res: int, model: nn.Module) -> int:
-    """The number of channels that images need; ValueError if the model or SSIM cannot do with this side."""
+    """Returns the number of image channels; ValueError if the model or SSIM does not support this side."""
     config = model.config if isinstance(model, Autoencoder) else None
     if config and res % config.downsample_factor:
         raise ValueError(f"--res {res} is not a multiple of {config.downsample_factor}")
     if config and config.resolution not in (0, res):
-        raise ValueError(f"--res {res}: the ViT of this model takes {config.resolution} alone")
+        raise ValueError(f"--res {res}: the ViT of this model only takes {config.resolution}")
     if res < 16:
-        raise ValueError(f"--res {res} is below 16, the least that SSIM can judge")
+        raise ValueError(f"--res {res} is below 16, the minimum for SSIM")
     return config.in_channels if config else 3
 
 
@@ -172,7 +173,7 @@ def open_images(args: argparse.Namespace) -> sources.Source:
 
 
 def load_networks(args: argparse.Namespace, device: torch.device) -> tuple[dict, dict, dict]:
-    """By metric: networks, what the report says of their files, and why others are unavailable."""
+    """Returns, by metric: networks, report entries on their files, and reasons why others are unavailable."""
     networks, files, reasons = {}, {}, {}
     given = {"vgg": args.vgg_file, "alex": args.alex_file, "inception": args.inception_file}
     for metric in WANTED if args.metrics is None else args.metrics:
@@ -181,7 +182,7 @@ def load_networks(args: argparse.Namespace, device: torch.device) -> tuple[dict,
         name = NETWORK_METRICS[metric]
         file = given.get(name)
         try:
-            # rank 0 fetches and reads, the others get the tensors
+            # rank 0 downloads and reads; the others receive the tensors
             state, *about = distributed.from_main(lambda name=name, file=file: weights.load(name, file))
             network = fid.Inception(state) if metric == "rfid" else metrics.load_lpips(name, state)
         except ValueError as error:
@@ -193,7 +194,7 @@ def load_networks(args: argparse.Namespace, device: torch.device) -> tuple[dict,
 
 
 def names_hash(images: data.ValSet) -> str:
-    """sha256 of the sorted bare file names: equal for all layouts of one set."""
+    """sha256 of the sorted file names without folders, equal for all layouts of a set."""
     names = sorted(os.path.basename(images.name(i)) for i in range(len(images)))
     return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
 
@@ -204,7 +205,7 @@ def names_hash(images: data.ValSet) -> str:
 
 def make_scorer(args: argparse.Namespace, model: nn.Module, images: data.ValSet, networks: dict,
                 device: torch.device) -> tuple[metrics.Scorer, dict[str, str]]:
-    """The scorer, and why metrics are unavailable at this resolution."""
+    """Returns the scorer and the reasons why metrics are unavailable at this resolution."""
     protocol, reasons, lpips_nets = metrics.PROTOCOLS[args.protocol], {}, {}
     for metric, network in networks.items():
         name = NETWORK_METRICS[metric]
@@ -223,7 +224,7 @@ def make_scorer(args: argparse.Namespace, model: nn.Module, images: data.ValSet,
 
 def score(args: argparse.Namespace, scorer: metrics.Scorer, images: data.ValSet, loader, broken: set
           ) -> tuple[dict, dict[str, np.ndarray]]:
-    """Run over this process's share -> (scores, intervals, unavailable, seconds ...), per-image table."""
+    """Scores this process's share -> (scores, intervals, unavailable, seconds ...), per-image table."""
     bar = tqdm(loader, disable=not distributed.is_main(), dynamic_ncols=True, desc=f"{images.res} px")
     batches = data.report_broken(scorer.clock.waiting("decode", bar), broken)
     for numbers, pictures in batches:
@@ -246,7 +247,7 @@ def score(args: argparse.Namespace, scorer: metrics.Scorer, images: data.ValSet,
 
 
 def describe(args: argparse.Namespace, device: torch.device) -> dict:
-    """The part of the report that is the same at every resolution."""
+    """Returns the entries of the report that are the same at every resolution."""
     protocol = metrics.PROTOCOLS[args.protocol]
     headline = {"rfid": f"rfid_{protocol.rfid[0]}", "psnr": "psnr", "ssim": protocol.ssim,
                 "lpips": protocol.lpips}
@@ -265,22 +266,22 @@ def describe(args: argparse.Namespace, device: torch.device) -> dict:
 
 
 def warnings(args: argparse.Namespace, result: dict) -> list[str]:
-    """What a reader of the numbers must know."""
+    """Returns caveats for the reader of the scores."""
     lines = [f"{metric} is unavailable: {reason}" for metric, reason in result["unavailable"].items()]
     if result.get("complete") is False:
-        lines.append(f"{result['n']:,} images, ImageNet has 50,000: compare with no published score")
+        lines.append(f"{result['n']:,} images, not ImageNet's 50,000: not comparable with published scores")
     if any(name.startswith("rfid_") for name in result) and result["n"] < IMAGENET_VAL:
-        lines.append(f"rFID of {result['n']:,} images is too high; {BIAS}")
+        lines.append(f"rFID of {result['n']:,} images is biased upwards; {BIAS}")
     for metric, file in result["files"].items():
         if not file["published"]:
-            lines.append(f"{file['path']} is not the published file: {metric} can be compared with nothing")
+            lines.append(f"{file['path']} is not the published file: {metric} is not comparable")
     if result["broken"]:
         lines.append(f"{result['broken']} broken images left out")
     return lines
 
 
 def reconstruct(scorer: metrics.Scorer, images: data.ValSet, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The 8-bit pairs of some images: uint8 (N, C, H, W) twice; broken ones are left out."""
+    """Returns the 8-bit pairs of the given images: uint8 (N, C, H, W) twice; broken ones are left out."""
     good = [(i, image) for i, image in ((int(i), images[int(i)][0]) for i in numbers) if image is not None]
     pixels, pairs = torch.stack([image for _, image in good]), []
     for batch, ids in zip(pixels.split(scorer.batch_size), torch.tensor([i for i, _ in good])
@@ -305,7 +306,7 @@ def write_extremes(path: Path, count: int, scorer: metrics.Scorer, images: data.
 
 
 def write_files(args: argparse.Namespace, scorer: metrics.Scorer, images: data.ValSet, table: dict) -> None:
-    """Per-image values and pictures of one resolution; several resolutions get -<res> in the name."""
+    """Writes per-image values and pictures of one resolution; with several --res, file names get -<res>."""
     def path(file: str) -> Path:
         target = Path(file)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -322,7 +323,7 @@ def write_files(args: argparse.Namespace, scorer: metrics.Scorer, images: data.V
 
 
 def write_summary(args: argparse.Namespace, results: list[dict]) -> None:
-    """The JSON (a list of reports under "curve" if there are several) and the plot."""
+    """Writes the JSON (several reports become a list under "curve") and the plot."""
     for file in filter(None, (args.json, args.plot)):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
     if args.json:
@@ -340,13 +341,13 @@ def main() -> None:
     with cli.user_errors():
         device = distributed.init(args.device)
         if device.type == "cuda":
-            torch.backends.cuda.matmul.fp32_precision = "ieee"        # scores should not depend on the GPU
+            torch.backends.cuda.matmul.fp32_precision = "ieee"        # scores must not depend on the GPU
             torch.backends.cudnn.conv.fp32_precision = "ieee"
         model, about_model = open_model(args)
         model = model.to(device)
         args.res = args.res or [about_model["training"]["args"]["res"]]
         if args.model:
-            with torch.no_grad():                                     # a wrong output ends here
+            with torch.no_grad():                                     # raises on a wrong output
                 model(torch.zeros(1, 3, args.res[0], args.res[0], device=device))
         channels = [check_res(res, model) for res in args.res][0]
         source = distributed.from_main(lambda: open_images(args))
@@ -377,7 +378,7 @@ def main() -> None:
         write_summary(args, results)
     missing = set(args.metrics or ()) & {name for result in results for name in result["unavailable"]}
     if missing:
-        print0(f"error: unavailable: {', '.join(sorted(missing))}")
+        print0(f"error: unavailable metrics: {', '.join(sorted(missing))}")
     distributed.cleanup()
     if missing:
         sys.exit(3)

@@ -1,11 +1,11 @@
-"""Every loss term of LiteVAE training as a pure function of tensors, and LPIPS as the one module.
+"""The loss terms of LiteVAE training as pure functions of tensors; LPIPS is the only module.
 
 Sources: LiteVAE (arXiv 2405.14477, Sec. 4.3, App. G) for the wavelet and Gaussian terms, LDM for L1 + LPIPS
 + KL. Images x and recon are (B, C, H, W) in [-1, 1].
 
-What differs: no two systems agree on reductions, so a copied weight means nothing. Here every
-reconstruction term is a mean over elements, KL is a mean over latent elements, LPIPS a mean over images and
-adversarial terms are means over logits. Every function computes in fp32 whatever autocast is on.
+What differs: every published system has its own reductions, so weights cannot be copied without conversion.
+Here reconstruction terms are means over elements, KL is a mean over latent elements, LPIPS is a mean over
+images, and adversarial terms are means over logits. Every function computes in fp32, also under autocast.
 """
 
 import lpips
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from wavelets import dwt2
 
-# total = sum of weight * term. The paper gives the terms but no weight, so each line says where ours comes
-# from. fmt: off
+# total = sum of weight * term. The paper gives the terms but no weights; each line names the source of ours.
+# fmt: off
 DEFAULT_WEIGHTS = {
     "l1":       1.0,      # mean over elements         LDM
     "l2":       0.0,      # mean over elements         ft-mse only
@@ -24,7 +24,7 @@ DEFAULT_WEIGHTS = {
     "kl":       6.25e-8,  # mean over latent elements  LDM's 1e-6 on sums at n_z 12: 1e-6 * 12 h w / (3 H W)
     "wavelet":  1.0,      # mean over elements         open-LiteVAE A2 (its reduction is not published)
     "gaussian": 0.5,      # mean over elements         open-LiteVAE A2 (same)
-    "disc":     0.1,      # mean over logits           ours: as TA-TiTok and REPA-E
+    "disc":     0.1,      # mean over logits           ours, as in TA-TiTok and REPA-E
 }
 # fmt: on
 
@@ -47,16 +47,16 @@ def l2_loss(x: Tensor, recon: Tensor) -> Tensor:
 
 
 def kl_loss(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats, mean over latent elements (LDM sums; a factor Z h w)."""
+    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats, mean over latent elements (LDM's sum / (Z h w))."""
     mean, logvar = mean.float(), logvar.float()
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
 
 
 def wavelet_loss(x: Tensor, recon: Tensor) -> Tensor:
-    """Charbonnier distance of the level-1 Haar details (LH, HL, HH), divided by 2 (paper Sec. 4.3, App. G).
+    """Charbonnier distance between level-1 Haar details (LH, HL, HH) divided by 2 (paper Sec. 4.3, App. G).
 
-    mean sqrt(d^2 + eps^2): eps, not 0, for identical images. The transform is linear, so it runs once, on x
-    - recon.
+    mean sqrt(d^2 + eps^2), which is eps, not 0, for identical images. The transform is linear, so it runs
+    only once, on x - recon.
     """
     channels = x.shape[1]
     details = dwt2(x.float() - recon.float())[:, channels:] / 2
@@ -64,13 +64,16 @@ def wavelet_loss(x: Tensor, recon: Tensor) -> Tensor:
 
 
 def gaussian_loss(x: Tensor, recon: Tensor) -> Tensor:
-    """mean |(x - h(x)) - (recon - h(recon))|, h a Gaussian blur (paper Sec. 4.3); linear, so on x - recon."""
+    """mean |(x - h(x)) - (recon - h(recon))| with a Gaussian blur h (paper Sec. 4.3).
+
+    The blur is linear, so it runs only once, on x - recon.
+    """
     difference = x.float() - recon.float()
     return (difference - gaussian_blur(difference)).abs().mean()
 
 
 def gaussian_blur(x: Tensor) -> Tensor:
-    """5x5 Gaussian of sigma 1 with reflect padding, fp32 (B, C, H, W)."""
+    """5x5 Gaussian blur with sigma 1 and reflect padding, fp32 (B, C, H, W)."""
     taps = torch.exp(-torch.arange(-2.0, 3.0, device=x.device).square() / (2 * GAUSSIAN_SIGMA**2))
     taps = (taps / taps.sum()).tolist()
     H, W = x.shape[-2:]
@@ -81,11 +84,11 @@ def gaussian_blur(x: Tensor) -> Tensor:
 
 # ----------------------------------------------------------------------------
 # adversarial terms. A discriminator returns a tuple of logit tensors (pixel and image heads, or one patch
-# map); each head is a mean over its logits and heads are averaged
+# map). The loss of a head is the mean over its logits; heads are averaged
 
 
 def disc_loss(kind: str, logits_real: tuple[Tensor, ...], logits_fake: tuple[Tensor, ...]) -> Tensor:
-    """What the discriminator minimises.
+    """The loss that the discriminator minimises.
 
     hinge:    1/2 (mean relu(1 - D(x)) + mean relu(1 + D(recon))); 1 means chance
     logistic: 1/2 (mean softplus(-D(x)) + mean softplus(D(recon))); log 2 = 0.69 means chance
@@ -99,7 +102,7 @@ def disc_loss(kind: str, logits_real: tuple[Tensor, ...], logits_fake: tuple[Ten
 
 
 def disc_health(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-    """What to watch a discriminator by, from its logits: means, their gap, and the share it gets right."""
+    """Diagnostics of a discriminator from its logits: the means, their gap, and the accuracy."""
     real, fake = real.detach().float(), fake.detach().float()
     return {
         "logits_real": real.mean(),
@@ -110,9 +113,9 @@ def disc_health(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
 
 
 def adv_loss(kind: str, logits_fake: tuple[Tensor, ...]) -> Tensor:
-    """What the autoencoder minimises: hinge: -mean D(recon); logistic: mean softplus(-D(recon)).
+    """The adversarial loss of the autoencoder. hinge: -mean D(recon); logistic: mean softplus(-D(recon)).
 
-    taming and LDM use the first for both; with "logistic" ours is the true counterpart of the D loss.
+    taming and LDM use -mean D(recon) with both; here "logistic" matches the discriminator's logistic loss.
     """
     value = {"hinge": lambda t: -t, "logistic": lambda t: F.softplus(-t)}[kind]
     return sum(value(fake.float()).mean() for fake in logits_fake) / len(logits_fake)
@@ -125,9 +128,9 @@ def adv_loss(kind: str, logits_fake: tuple[Tensor, ...]) -> Tensor:
 class LPIPS(nn.Module):
     """LPIPS (Zhang et al. 2018; the lpips package): VGG16 features, v0.1 linear weights, mean over images.
 
-    Frozen, and in eval mode whatever its parent does (its dropout would make the loss random). The VGG may
-    run in autocast; normalising, differences and the linear layers are fp32. Inputs in [-1, 1], 1 or 3
-    channels, sides of at least 16. `vgg_weights` comes from runtime.weights.load_vgg.
+    Frozen, and always in eval mode, since its dropout would make the loss random. The VGG may run under
+    autocast; normalisation, differences and linear layers are fp32. Inputs are in [-1, 1], with 1 or 3
+    channels and sides of at least 16 pixels. `vgg_weights` comes from runtime.weights.load_vgg.
     """
 
     def __init__(self, vgg_weights: dict[str, Tensor]) -> None:
@@ -156,6 +159,6 @@ class LPIPS(nn.Module):
 
 
 def normalise(features: Tensor) -> Tensor:
-    """Unit length over channels, fp32, as lpips.normalize_tensor (eps outside the root)."""
+    """Scale to unit length over channels in fp32, like lpips.normalize_tensor (eps outside the root)."""
     features = features.float()
     return features / (features.square().sum(dim=1, keepdim=True).sqrt() + 1e-10)

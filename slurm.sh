@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Train on Slurm, over as many nodes and jobs as it takes:
+# Train on Slurm, over any number of nodes and consecutive jobs:
 #   sbatch slurm.sh --scale B --res 128 --out out/litevae-b-128
-# Two minutes before the time limit (or when the job is preempted with USR1) every process finishes its step,
-# rank 0 saves, and the job puts itself back into the queue; the next one goes on where this one stopped.
+# Two minutes before the time limit (or when the job is preempted with USR1), every process finishes its step,
+# rank 0 saves a checkpoint, and the job requeues itself; the next job resumes from that checkpoint.
 #SBATCH --job-name=litevae
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -25,7 +25,7 @@ srun --cpus-per-task="$SLURM_CPUS_PER_TASK" torchrun --nnodes="$SLURM_NNODES" --
 run=$!
 wait "$run"
 code=$?
-while kill -0 "$run" 2>/dev/null; do          # the trap ends the first wait early
+while kill -0 "$run" 2>/dev/null; do          # the trap interrupts the first wait
     wait "$run"
     code=$?
 done

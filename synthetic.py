@@ -1,13 +1,13 @@
-"""Dead-leaves images: the data set that needs no download.
+"""Dead-leaves images: a data set that needs no download.
 
-Opaque shapes fall on one another until they cover the picture, with p(r) ~ r^-3, so that every scale fills
-the same area. Such pictures share with photographs what an autoencoder lives on: a power-law spectrum,
-occlusion edges, heavy-tailed gradients (Lee, Mumford and Huang, "Occlusion models for natural images", 2001).
-Ours add what a camera sees besides edges: families of like things, muted palettes, shading, texture, defocus
-and noise. The constants were tuned by hand against photographs; tests/test_synthetic.py keeps their figures.
+Opaque shapes fall on one another until they cover the image. Their radii follow p(r) ~ r^-3, so every scale
+covers the same area. Such images share the statistics of photographs that matter to an autoencoder: a
+power-law spectrum, occlusion edges and heavy-tailed gradients (Lee, Mumford and Huang, "Occlusion models for
+natural images", 2001). Ours add families of similar shapes, muted palettes, shading, texture, defocus and
+noise. The constants were tuned by hand against photographs; tests/test_synthetic.py checks the statistics.
 
-All that it takes to paint a shape is one row of a table. Shape numbers are drawn at twice the size, the table
-is looked up there and averaged over 2x2 (the antialiasing), and the picture is put together at its own size.
+One row of a table holds everything needed to paint a shape. Shape numbers are drawn at twice the size. The
+table is looked up there and averaged over 2x2 pixels for antialiasing; the rest runs at the final size.
 
     python synthetic.py --out sheet.png
 """
@@ -20,10 +20,10 @@ from PIL import Image, ImageDraw, ImageFilter
 
 Rng = np.random.Generator
 
-MIN_RADIUS = 1.6     # pixels at any size: a smaller picture shows fewer things, not finer ones
-VERTICES = 20        # of discs and blobs
-TEXTURES = 3         # fields per picture; a shape shows any mixture of them
-# chroma axes: warm to cool, and green to magenta; natural colour varies far less along the second
+MIN_RADIUS = 1.6     # pixels, at every image size: a smaller image shows fewer shapes, not finer ones
+VERTICES = 20        # per disc or blob
+TEXTURES = 3         # texture fields per image; each shape mixes them
+# chroma axes: warm to cool, and green to magenta; natural colours vary far less along the second
 CHROMA = np.array([[1, 0, -1], [-0.5, 1, -0.5]])
 
 
@@ -33,15 +33,15 @@ CHROMA = np.array([[1, 0, -1], [-0.5, 1, -0.5]])
 def _scatter(rng: Rng, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Family number, radius and centre (x + iy, pixels) of every shape, back to front -> three arrays (N,).
 
-    A family shares its place, form and colour: leaves, windows, pebbles, letters.
+    The shapes of a family share place, form and colour, like leaves, windows, pebbles or letters.
     """
     low = MIN_RADIUS * math.exp(rng.exponential(0.4))
     high = max(size / 2, 2 * low)
     mean_area = 2 * math.pi * low**2 * math.log(high / low)
-    layers = rng.uniform(0.3, 2.0)                      # how often the picture is covered: bare to cluttered
+    layers = rng.uniform(0.3, 2.0)                      # how often the image is covered: bare to cluttered
     u = rng.random(4 + int(layers * size**2 / mean_area))
-    radii = (u * high**-2 + (1 - u) * low**-2) ** -0.5  # inverts the distribution of r^-3
-    # parts lie on objects and objects on grounds: big things behind, how strictly is up to the picture
+    radii = (u * high**-2 + (1 - u) * low**-2) ** -0.5  # inverse CDF of p(r) ~ r^-3
+    # parts lie on objects and objects on grounds, so large shapes lie behind; how strictly varies per image
     radii = radii[np.argsort(rng.standard_normal(len(u)) - rng.uniform(0, 2) * np.log(radii))]
     grounds = size * np.append(1, rng.uniform(0.3, 0.9, rng.integers(2, 8)))
     radii = np.append(grounds, radii)
@@ -51,19 +51,22 @@ def _scatter(rng: Rng, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     home, spread = rng.random((2, families)), np.exp(rng.uniform(-3, 0.5, families))
     place = home[:, family] + spread[family] * rng.standard_normal((2, n))
     place[:, : len(grounds)] = rng.random((2, len(grounds)))
-    place = (place + 0.15) % 1.3 - 0.15                 # nothing falls far outside
-    place[:, 0] = 0.5                                   # shape 0 is the ground under all (see _shape_map)
+    place = (place + 0.15) % 1.3 - 0.15                 # no centre lies far outside
+    place[:, 0] = 0.5                                   # shape 0 is the background (see _shape_map)
     return family, radii, size * (place[0] + 1j * place[1])
 
 
 def _turns(rng: Rng, n: int) -> np.ndarray:
-    """Directions in radians -> (n,), three in four upright or flat, as walls, trunks and horizons are."""
+    """Directions in radians -> (n,); three in four are upright or flat, like walls, trunks and horizons."""
     turn = rng.uniform(0, 2 * math.pi, n)
     return np.where(rng.random(n) < 0.75, np.round(turn * 2 / math.pi) * math.pi / 2, turn)
 
 
 def _outlines(rng: Rng, family: np.ndarray, radii: np.ndarray, centres: np.ndarray) -> list:
-    """Ellipses, blobs, polygons, boxes and bars -> N closed outlines [x0, y0, x1, y1, ...], unit as radii."""
+    """Ellipses, blobs, polygons, boxes and bars -> N closed outlines [x0, y0, x1, y1, ...].
+
+    Coordinates have the unit of `radii` and `centres`.
+    """
     n, families = len(radii), family.max() + 1
     ellipse, blob, polygon, box, bar = range(5)
     kind = rng.choice(5, families, p=rng.dirichlet([1.0, 1.0, 0.7, 1.5, 0.8]))
@@ -85,7 +88,10 @@ def _outlines(rng: Rng, family: np.ndarray, radii: np.ndarray, centres: np.ndarr
 
 
 def _shape_map(outlines: list, size: int) -> np.ndarray:
-    """Which shape is seen at each pixel -> (size, size) int32, later outlines over earlier, all over 0."""
+    """Number of the visible shape per pixel -> (size, size) int32; later outlines cover earlier ones.
+
+    Pixels outside all outlines belong to shape 0.
+    """
     canvas = Image.new("I", (size, size))
     draw = ImageDraw.Draw(canvas)
     for number, outline in enumerate(outlines):
@@ -97,11 +103,11 @@ def _shape_map(outlines: list, size: int) -> np.ndarray:
 
 
 def _colours(rng: Rng, family: np.ndarray) -> np.ndarray:
-    """One colour per shape, alike within a family, families from a small palette -> (N, 3), about [0, 1]."""
+    """One colour per shape -> (N, 3), about [0, 1]: alike within a family, with a small palette per image."""
     n, families, hues = len(family), family.max() + 1, rng.integers(2, 6)
     tone = rng.uniform(0.35, 0.75) + rng.uniform(0.14, 0.33) * rng.standard_normal(families)
     tone = np.clip(tone[family] + rng.gamma(2.0, 0.08) * rng.standard_normal(n), 0.04, 0.93)
-    # most surfaces are nearly grey and a few are vivid; the mean is warm, as daylight on wood, skin and earth
+    # most surfaces are nearly grey, a few are vivid; the mean is warm, like daylight on wood, skin and earth
     hue = rng.gamma(0.5, 0.33, (hues, 1)) * rng.normal(0, [1, 0.3], (hues, 2))
     hue = hue[rng.integers(0, hues, families)][family] + rng.normal(0, 0.03, (n, 2))
     hue += rng.normal([0.07, 0], [0.06, 0.02])
@@ -109,25 +115,26 @@ def _colours(rng: Rng, family: np.ndarray) -> np.ndarray:
 
 
 def _table(rng: Rng, family: np.ndarray, radii: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """What each shape is painted with: colour (3), shading (4), focus (1), contrasts -> (N, 8 + TEXTURES).
+    """Paint of each shape: colour (3), shading (4), focus (1), texture contrasts -> (N, 8 + TEXTURES).
 
-    Shading is 1 + slope . (p - centre) - bulge |p - centre|^2 at pixel p: factors of 1, x, y and x^2 + y^2.
+    The shading at pixel p is 1 + slope . (p - centre) - bulge |p - centre|^2; the table stores the
+    coefficients of 1, x, y and x^2 + y^2.
     """
     n, families = len(radii), family.max() + 1
-    soft = np.maximum(radii, 4)                         # small things are too small to be round
-    light = rng.normal(0, 0.15, 2)                      # one light: all shapes are bright on the same side
+    soft = np.maximum(radii, 4)                         # limits the shading of small shapes
+    light = rng.normal(0, 0.15, 2)                      # one light: all shapes are brighter on the same side
     bulge = rng.exponential(0.15, families)[family] / soft**2
     slope = (light + rng.normal(0, 0.1, (n, 2))) / soft[:, None]
     centre = np.stack([centres.real, centres.imag], 1)
     offset = 1 - (slope * centre).sum(1) - bulge * np.abs(centres) ** 2
     slope += 2 * bulge[:, None] * centre
-    focus = np.arange(n) > rng.uniform(0.2, 1) * n      # things in front of this depth
+    focus = np.arange(n) > rng.uniform(0.2, 1) * n      # in focus in front of this depth
     contrast = rng.gamma(1.0, rng.uniform(0.02, 0.12), (families, TEXTURES))[family]
     return np.column_stack([_colours(rng, family), offset, slope, -bulge, focus, contrast]).astype(np.float32)
 
 
 def _textures(rng: Rng, size: int) -> np.ndarray:
-    """Power-law noise, streaked one way, soft or hard-edged -> (TEXTURES, size, size), unit variance."""
+    """Power-law noise, stretched along one axis, soft or hard -> (TEXTURES, size, size), unit variance."""
     turn = _turns(rng, TEXTURES)[:, None, None]
     stretch, power = np.exp(rng.uniform(0, 1, turn.shape)), rng.uniform(0.9, 1.8, turn.shape)
     fx, fy = np.fft.rfftfreq(size), np.fft.fftfreq(size)[:, None]
@@ -146,7 +153,7 @@ def _textures(rng: Rng, size: int) -> np.ndarray:
 def _camera(rng: Rng, image: np.ndarray, focus: np.ndarray) -> np.ndarray:
     """Defocus and sensor noise: image (S, S, 3) in [0, 1] -> uint8.
 
-    focus: (S, S) in [0, 1], 1 where a shallow depth of field leaves the picture sharp.
+    focus: (S, S) in [0, 1], 1 where a shallow depth of field leaves the image sharp.
     """
     picture = Image.fromarray((255 * image).astype(np.uint8))
     lens = rng.choice(["shallow", "soft", "sharp"], p=[0.25, 0.25, 0.5])
@@ -160,7 +167,7 @@ def _camera(rng: Rng, image: np.ndarray, focus: np.ndarray) -> np.ndarray:
 
 
 def dead_leaves(seed: int, index: int, size: int) -> np.ndarray:
-    """Image number `index` of the endless data set `seed`: a pure function of its arguments.
+    """Image `index` of the infinite data set `seed`, a pure function of its arguments.
 
     -> (size, size, 3) uint8 RGB. Raises ValueError for a negative seed or index and for a size below 8.
     """
@@ -174,7 +181,7 @@ def dead_leaves(seed: int, index: int, size: int) -> np.ndarray:
     y, x = np.mgrid[:size, :size].astype(np.float32)
     shade = seen[..., 3] + seen[..., 4] * x + seen[..., 5] * y + seen[..., 6] * (x**2 + y**2)
     shade *= 1 + np.einsum("tyx,yxt->yx", _textures(rng, size), seen[..., 8:])
-    # light falls off to one side
+    # the light falls off to one side
     slope = rng.normal(0, 0.2, 2) / size
     shade *= np.float32(1 + slope[0] * (x - size / 2) + slope[1] * (y - size / 2))
     return _camera(rng, np.clip(seen[..., :3] * shade[..., None], 0, 1), seen[..., 7])
@@ -195,8 +202,8 @@ def main() -> None:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="sheet.png", help="image file to write, .png or .jpg")
     parser.add_argument("--n", type=int, default=24, help="number of images")
-    parser.add_argument("--size", type=int, default=96, help="side of each, pixels")
-    parser.add_argument("--seed", type=int, default=0, help="which data set")
+    parser.add_argument("--size", type=int, default=96, help="side of each image in pixels")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the data set")
     args = parser.parse_args()
     try:
         sheet(args.n, args.size, args.seed).save(args.out)

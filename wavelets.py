@@ -1,16 +1,16 @@
 """Orthonormal 2D discrete wavelet transform (paper Sec. 4.1): haar and db2..db8, one level or a cascade.
 
-Bands are grouped along the channels, with PyWavelets' order and signs: LL, LH, HL, HH, where LH = cH is
-high-pass along y, HL = cV high-pass along x, HH = cD both. For Haar on a block [[a, b], [c, d]]:
+The bands are concatenated along the channels with PyWavelets' order and signs: LL, LH, HL, HH. LH (cH) is
+high-pass along y, HL (cV) along x, and HH (cD) along both. For Haar on a block [[a, b], [c, d]]:
 
     LL = (a+b+c+d)/2    LH = (a+b-c-d)/2    HL = (a-b+c-d)/2    HH = (a-b-c+d)/2
 
-Nothing is detached and the grad mode is left alone, so a loss on the bands reaches the image. The arithmetic
-is adds, multiplies and slices, which autocast and TF32 leave in full precision: float64 stays float64, any
-other dtype is computed and returned in float32.
+Nothing is detached and the grad mode is not changed, so a loss on the bands reaches the image. All operations
+are additions, multiplications and slices, which autocast and TF32 leave in full precision. float64 inputs
+stay float64; any other dtype is computed and returned in float32.
 
-Shapes: B batch, C channels, H W input size, h w band size, L filter length (2 for haar, 2p for dbp), and
-    periodization  h = ceil(H/2)           orthonormal: an even size keeps its energy
+Shapes: B batch, C channels, H W input size, h w band size, L filter length (2 for haar, 2p for dbp). Modes:
+    periodization  h = ceil(H/2)           orthonormal: energy is preserved for even sizes
     symmetric      h = floor((H+L-1)/2)    mirrored border, c b a | a b c | c b a
 """
 
@@ -26,11 +26,12 @@ from torch import Tensor
 
 
 def daubechies(moments: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Scaling and wavelet filter with that many vanishing moments (PyWavelets' rec_lo and rec_hi).
+    """Scaling and wavelet filters with `moments` vanishing moments (PyWavelets' rec_lo and rec_hi).
 
     Spectral factorisation (Daubechies 1992, Sec. 6.1) in float64; within 1e-15 of PyWavelets' tables.
     """
-    # |H(z)|^2 is a multiple of (1+z)^p (1+1/z)^p Q(y), y = (2-z-1/z)/4; of each pair z, 1/z keep the smaller
+    # |H(z)|^2 is a multiple of (1+z)^p (1+1/z)^p Q(y) with y = (2-z-1/z)/4; keep the smaller of each pair
+    # z, 1/z
     y = np.roots([math.comb(moments - 1 + k, k) for k in reversed(range(moments))]).astype(complex)
     z = 1 - 2 * y + np.sqrt((1 - 2 * y) ** 2 - 1)
     z = np.where(abs(z) < 1, z, 1 / z)
@@ -40,30 +41,30 @@ def daubechies(moments: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(low.tolist()), tuple(high.tolist())
 
 
-# a table and not a cached function: torch.compile traces through caches, and cannot trace np.roots
+# a table, not a cached function: torch.compile traces through caches and cannot trace np.roots
 FILTERS = {"haar": daubechies(1)} | {f"db{p}": daubechies(p) for p in range(2, 9)}
 MODES = ("periodization", "symmetric")
 
 
 def extension(size: int, taps: int, mode: str, device: torch.device) -> Tensor:
-    """Indices that extend a side of `size` samples so that a filter starts at every second of them."""
+    """Indices that extend a side of `size` samples for a filter of length `taps` with stride 2."""
     if mode == "periodization":
-        even = size + size % 2  # an odd side repeats its last sample first
+        even = size + size % 2  # an odd side first repeats its last sample
         index = torch.arange(1 - taps // 2, even + taps // 2 - 1, device=device) % even
         return index.clamp(max=size - 1)
     out = (size + taps - 1) // 2
-    index = torch.arange(2 - taps, 2 * out, device=device) % (2 * size)  # a longer filter mirrors again
+    index = torch.arange(2 - taps, 2 * out, device=device) % (2 * size)  # long filters mirror repeatedly
     return torch.minimum(index, 2 * size - 1 - index)
 
 
 def check(x: Tensor, wavelet: str, mode: str) -> None:
-    """Raises ValueError unless both names are known and x is (B, C, H, W) with pixels."""
+    """Raise ValueError unless both names are known and x is (B, C, H, W) with at least one pixel."""
     if wavelet not in FILTERS:
         raise ValueError(f"unknown wavelet {wavelet!r}; choose one of {', '.join(FILTERS)}")
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
     if x.ndim != 4 or 0 in x.shape[-2:]:
-        raise ValueError(f"expected (B, C, H, W) with H and W at least 1, got shape {tuple(x.shape)}")
+        raise ValueError(f"expected (B, C, H, W) with H, W >= 1, got shape {tuple(x.shape)}")
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ def full_precision(x: Tensor) -> Tensor:
 
 
 def analyse(x: Tensor, wavelet: str, mode: str) -> tuple[Tensor, Tensor]:
-    """(..., N) -> low, high, each (..., n): correlate with both filters, keep every second sample."""
+    """(..., N) -> low, high, each (..., n): correlate with both filters and keep every second sample."""
     low, high = FILTERS[wavelet]
     x = x.index_select(-1, extension(x.shape[-1], len(low), mode, x.device))
     n = (x.shape[-1] - len(low)) // 2 + 1
@@ -84,7 +85,7 @@ def analyse(x: Tensor, wavelet: str, mode: str) -> tuple[Tensor, Tensor]:
 
 
 def synthesise(low: Tensor, high: Tensor, wavelet: str, mode: str) -> Tensor:
-    """low, high, each (..., n) -> (..., 2n) in periodization, (..., 2n-L+2) in symmetric."""
+    """low, high, each (..., n) -> (..., 2n) for periodization, (..., 2n-L+2) for symmetric."""
     f_low, f_high = FILTERS[wavelet]
     half = len(f_low) // 2
     if mode == "periodization":
@@ -111,8 +112,8 @@ def weighted(weights: tuple[float, ...], tensors: list[Tensor]) -> Tensor:
 def dwt2(x: Tensor, wavelet: str = "haar", mode: str = "periodization") -> Tensor:
     """One level of the transform, equal to pywt.dwt2.
 
-    x: (B, C, H, W), any size -> (B, 4C, h, w): LL of all C channels, then LH, HL, HH. A constant 1 has LL 2.
-    Raises ValueError on an unknown wavelet or mode and on any other shape.
+    x: (B, C, H, W), any size -> (B, 4C, h, w): LL of all C channels, then LH, HL, HH. A constant image of 1
+    has LL = 2. Raises ValueError for an unknown wavelet or mode and for any other shape.
     """
     check(x, wavelet, mode)
     x = full_precision(x)
@@ -126,12 +127,13 @@ def dwt2(x: Tensor, wavelet: str = "haar", mode: str = "periodization") -> Tenso
 def idwt2(bands: Tensor, wavelet: str = "haar", mode: str = "periodization") -> Tensor:
     """Inverse of `dwt2`, equal to pywt.idwt2.
 
-    bands: (B, 4C, h, w) -> (B, C, 2h, 2w) in periodization, (B, C, 2h-L+2, 2w-L+2) in symmetric: what was odd
-    comes back one larger. Raises ValueError as `dwt2`, on too small bands and on channels 4 does not divide.
+    bands: (B, 4C, h, w) -> (B, C, 2h, 2w) for periodization, (B, C, 2h-L+2, 2w-L+2) for symmetric; odd sizes
+    come back one larger. Raises ValueError like `dwt2`, if the bands are too small, and if the number of
+    channels is not a multiple of 4.
     """
     check(bands, wavelet, mode)
     if bands.shape[1] % 4:
-        raise ValueError(f"expected 4 bands of equal channel count, got {bands.shape[1]} channels in all")
+        raise ValueError(f"expected 4 bands with equal numbers of channels, got {bands.shape[1]} channels")
     ll, lh, hl, hh = full_precision(bands).chunk(4, dim=1)
     if wavelet == "haar":
         return inverse_haar(ll, lh, hl, hh)
@@ -140,7 +142,7 @@ def idwt2(bands: Tensor, wavelet: str = "haar", mode: str = "periodization") -> 
 
 
 def haar(x: Tensor) -> Tensor:
-    """`dwt2` for Haar in adds and subtractions; both modes repeat the last sample of an odd side."""
+    """`dwt2` for Haar by additions and subtractions; both modes repeat the last sample of an odd side."""
     if x.shape[-2] % 2:
         x = torch.cat([x, x[..., -1:, :]], dim=-2)
     if x.shape[-1] % 2:
@@ -161,10 +163,10 @@ def inverse_haar(ll: Tensor, lh: Tensor, hl: Tensor, hh: Tensor) -> Tensor:
 
 
 def wavedec2(x: Tensor, levels: int, wavelet: str = "haar", mode: str = "periodization") -> list[Tensor]:
-    """A cascade on the LL band, equal to pywt.wavedec2.
+    """Cascade of `dwt2` on the LL band, equal to pywt.wavedec2.
 
     x: (B, C, H, W) -> [low_n (B, C, ...), high_n (B, 3C, ...), ..., high_1] for n levels, coarsest first;
-    each high holds LH, HL, HH of all C channels. Raises ValueError as `dwt2`, and on levels below 1.
+    each high holds LH, HL, HH of all C channels. Raises ValueError like `dwt2`, and if levels < 1.
     """
     if levels < 1:
         raise ValueError(f"levels must be at least 1, got {levels}")
@@ -176,16 +178,16 @@ def wavedec2(x: Tensor, levels: int, wavelet: str = "haar", mode: str = "periodi
 
 
 def waverec2(coeffs: list[Tensor], wavelet: str = "haar", mode: str = "periodization") -> Tensor:
-    """Inverse of `wavedec2`, equal to pywt.waverec2: the surplus of odd sizes is cut between levels.
+    """Inverse of `wavedec2`, equal to pywt.waverec2; the extra sample of odd sizes is cropped between levels.
 
-    coeffs: as `wavedec2` returns them -> (B, C, H, W), H and W one larger if they were odd.
-    Raises ValueError as `idwt2`, and if two levels do not fit together.
+    coeffs: as returned by `wavedec2` -> (B, C, H, W), where odd H and W come back one larger.
+    Raises ValueError like `idwt2`, and if two levels do not fit together.
     """
     low, *highs = coeffs
     for high in highs:
         surplus_h, surplus_w = low.shape[-2] - high.shape[-2], low.shape[-1] - high.shape[-1]
         if surplus_h not in (0, 1) or surplus_w not in (0, 1) or high.shape[1] != 3 * low.shape[1]:
-            raise ValueError(f"low {tuple(low.shape)} and high {tuple(high.shape)} are not of one cascade")
+            raise ValueError(f"low {tuple(low.shape)} and high {tuple(high.shape)} do not fit together")
         low = low[..., : high.shape[-2], : high.shape[-1]]
         low = idwt2(torch.cat([low, high], dim=1), wavelet, mode)
     return low

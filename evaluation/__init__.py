@@ -1,1 +1,1 @@
-"""What eval.py computes and shows."""
+"""Metrics and reports for eval.py and analyze.py."""

@@ -1,13 +1,13 @@
-"""Scale of features and gradients through the decoder, layer by layer (compare the paper's Fig. 3).
+"""Feature and gradient scales in each layer of the decoder (compare the paper's Fig. 3).
 
-`analyze.py` prints the table. Each row is a ResBlock, an upsampling or an edge convolution.
+`analyze.py` prints the table. Each row is a ResBlock, an upsampling layer, or the first or last convolution.
 
-    feature   rms of its output
-    largest   rms of its largest channel / feature
+    feature   rms of the output
+    largest   rms of the largest output channel / feature
     branch    rms of the residual branch / rms of the skip
-    gradient  rms of dL/d(output) / rms of dL/d(recon), with L the L1 loss
-    step      rms of the change of the image / rms of the image, if this layer alone takes Adam's first step
-              at 1e-4 (the rate times the sign of the gradient)
+    gradient  rms of dL/d(output) / rms of dL/d(recon), where L is the L1 loss
+    step      rms of the image's change / rms of the image when only this layer takes Adam's first step
+              at 1e-4 (the learning rate times the sign of the gradient)
     scaled    the same with --lr-scaling fan-in
 """
 
@@ -26,7 +26,7 @@ def rms(x: Tensor) -> float:
 
 
 class Layer(NamedTuple):
-    """One row of the table; see the top of this file."""
+    """One row of the table; see the module docstring."""
 
     name: str
     feature: float
@@ -38,9 +38,9 @@ class Layer(NamedTuple):
 
 
 def feature_scales(model: Autoencoder, x: Tensor, lr: float = 1e-4) -> list[Layer]:
-    """A row per layer of model.decoder, for images x (B, C, H, W) decoded from the posterior's mean.
+    """Returns one row per layer of model.decoder, for images x (B, C, H, W) decoded from the posterior mean.
 
-    Leaves the parameters as they were and gives them no gradients.
+    Parameters keep their values and receive no gradients.
     """
     layers = {name: module for name, module in model.decoder.named_modules()
               if isinstance(module, (ResBlock, Upsample)) or name in ("conv_in", "conv_out")}
@@ -75,7 +75,7 @@ def feature_scales(model: Autoencoder, x: Tensor, lr: float = 1e-4) -> list[Laye
 
 @torch.no_grad()
 def change(model: Autoencoder, x: Tensor, recon: Tensor, own: dict, lr: float, scaling: bool) -> float:
-    """rms of the image's change over rms of the image, if these parameters take Adam's first step."""
+    """rms of the image's change / rms of the image when the parameters in `own` take Adam's first step."""
     before = [p.clone() for p in own]
     for p, g in own.items():
         p.sub_(lr * (rate_scale(p) if scaling else 1.0) * g.sign())

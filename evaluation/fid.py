@@ -1,12 +1,14 @@
-"""Reconstruction FID in one pass over the pairs: no image files, no second pass, exact sums.
+"""Reconstruction FID, computed in a single pass over image pairs without image files, with exact sums.
 
-The network is the 2015 Inception through the clean-fid package (pytorch-fid's port of it). Peers differ only
-in how an image gets to 299 x 299 and into its range (PREPARE), so one network serves every convention. Heusel
-et al. 2017 define the distance between Gaussians; means and covariances are over images, as everywhere.
+The network is the 2015 Inception in pytorch-fid's port, loaded through the clean-fid package. Implementations
+differ only in how they resize an image to 299 x 299 and scale its range (PREPARE), so one network serves all
+conventions. The distance between Gaussians is that of Heusel et al. 2017; means and covariances are over
+images, as usual.
 
-What differs: the trace term is a nuclear norm, which stays exact where a matrix root of a product of singular
-covariances does not. Features are rounded to multiples of 2^-21, below the noise of fp32, and so their sums
-are exact in float64: neither the order of the images nor the number of processes can change a bit of them.
+Two details differ from other implementations. The trace term is a nuclear norm, which stays exact if the
+covariances are singular; a matrix root of their product does not. Features are rounded to multiples of 2^-21,
+which is below fp32 noise, so their float64 sums are exact: neither the order of the images nor the number of
+processes changes a single bit.
 """
 
 import math
@@ -19,11 +21,11 @@ from torch import Tensor, nn
 
 from runtime import distributed
 
-SIDE = 299            # of Inception's input
-GRID = 2.0**21        # features are multiples of 1 / GRID
-COARSE = 2.0**11      # their upper halves are multiples of 1 / COARSE
+SIDE = 299            # side of Inception's input
+GRID = 2.0**21        # features are rounded to multiples of 1 / GRID
+COARSE = 2.0**11      # their high parts are multiples of 1 / COARSE
 SETS = ("real", "recon")
-CHUNKS = 10           # of the jackknife
+CHUNKS = 10           # number of jackknife chunks
 T_QUANTILE = 2.2622   # 97.5% point of Student's t with CHUNKS - 1 degrees of freedom
 
 
@@ -32,19 +34,19 @@ T_QUANTILE = 2.2622   # 97.5% point of Student's t with CHUNKS - 1 degrees of fr
 
 
 def prepare_pytorch(images: Tensor) -> Tensor:
-    """pytorch-fid, and clean-fid's legacy_pytorch: bilinear with half-pixel centres, 2 x / 255 - 1."""
+    """pytorch-fid and clean-fid's legacy_pytorch: bilinear with half-pixel centres, 2 x / 255 - 1."""
     x = F.interpolate(rgb(images), (SIDE, SIDE), mode="bilinear", align_corners=False)
     return 2 * x / 255 - 1
 
 
 def prepare_clean(images: Tensor) -> Tensor:
-    """clean-fid's clean: antialiased bicubic as PIL's on floats, (x - 128) / 128."""
+    """clean-fid's clean mode: antialiased bicubic like PIL's on floats, (x - 128) / 128."""
     x = F.interpolate(rgb(images), (SIDE, SIDE), mode="bicubic", align_corners=False, antialias=True)
     return (x.clamp(0, 255) - 128) / 128
 
 
 def prepare_tf(images: Tensor) -> Tensor:
-    """torch-fidelity, TensorFlow 1, ADM: bilinear whose first sample is pixel 0, (x - 128) / 128."""
+    """torch-fidelity, TensorFlow 1, ADM: bilinear with the first sample at pixel 0, (x - 128) / 128."""
     x = rgb(images)
     for dim in (-2, -1):
         size = x.shape[dim]
@@ -70,17 +72,17 @@ PREPARE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Inception(nn.Module):
-    """clean-fid's InceptionV3 with the weights given: (B, 3, 299, 299) -> (B, 2048), frozen, eval mode.
+    """clean-fid's InceptionV3 with the given weights: (B, 3, 299, 299) -> (B, 2048), frozen, eval mode.
 
-    Raises ValueError if the weights are of another network.
+    Raises ValueError if the weights belong to another network.
     """
 
     dims = 2048
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         super().__init__()
-        # clean-fid's constructor fetches its weights in every process and unpickles whatever it gets; it is
-        # handed the tensors instead, which weights.py has read safely and hashed
+        # clean-fid's constructor would download its weights in every process and unpickle them unchecked;
+        # give it the tensors that weights.py has loaded safely and hashed
         load = inception_pytorch.load_state_dict_from_url
         inception_pytorch.load_state_dict_from_url = lambda *_, **__: state
         try:
@@ -106,11 +108,12 @@ def to_grid(features: Tensor) -> Tensor:
 
 
 class Moments:
-    """Count, sum and outer products of rows in float64, in chunks that can be left out again.
+    """Count, sum and outer products of rows in float64, kept per chunk so that a chunk can be left out.
 
-    The outer product of x = high + low, high a multiple of 2^-11, is kept in two parts: high high^T, and the
-    rest, x low^T + low high^T. If x is on the grid, |x| < 32 and there are fewer than 2^16 rows, each part is
-    a whole number of steps below 2^53 and every sum exact. Beyond that they are as good as float64 sums are.
+    Each row is split into x = high + low, where high is a multiple of 2^-11, and its outer product into two
+    parts: high high^T and the rest, x low^T + low high^T. If x is on the grid, |x| < 32 and there are fewer
+    than 2^16 rows, each part is an integer below 2^53 times a fixed step, so every sum is exact. Otherwise
+    the sums have ordinary float64 accuracy.
     """
 
     def __init__(self, dims: int, chunks: int, device: torch.device) -> None:
@@ -120,7 +123,7 @@ class Moments:
         self.outer = torch.zeros(2, chunks, dims, dims, **zeros)
 
     def add(self, rows: Tensor, chunk: Tensor) -> None:
-        """rows (B, dims) in float64; chunk (B,), the number of the chunk that each belongs to."""
+        """rows: (B, dims) in float64; chunk: (B,), the chunk number of each row."""
         high = (rows * COARSE).round() / COARSE
         low = rows - high
         for c in chunk.unique().tolist():
@@ -132,12 +135,12 @@ class Moments:
             self.outer[1, c] += x.T @ lower + lower.T @ upper
 
     def reduce(self) -> None:
-        """Add the rows of all processes, in place."""
+        """Sums over all processes, in place."""
         for part in (self.n, self.sum, self.outer):
             distributed.sum_(part)
 
     def gaussian(self, without: int | None = None) -> tuple[Tensor, Tensor]:
-        """Mean (dims,) and covariance (dims, dims), divided by n - 1, of all chunks but one."""
+        """Mean (dims,) and covariance (dims, dims), normalised by n - 1, of all chunks except `without`."""
         kept = [c for c in range(len(self.n)) if c != without]
         n = self.n[kept].sum()
         mean = self.sum[kept].sum(dim=0) / n
@@ -148,8 +151,8 @@ class Moments:
 def frechet(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
     """|mean_a - mean_b|^2 + tr cov_a + tr cov_b - 2 |cov_a^1/2 cov_b^1/2|_*, in float64 (Heusel et al. 2017).
 
-    The nuclear norm equals tr (cov_a cov_b)^1/2. It does not see the eigenvectors' outer rotations, so the
-    roots are left in factors; 0 for equal arguments of any rank.
+    The nuclear norm equals tr (cov_a cov_b)^1/2. It is invariant to the outer eigenvector rotations, so the
+    roots are computed without them. The distance is 0 for equal arguments of any rank.
     """
     (values_a, vectors_a), (values_b, vectors_b) = torch.linalg.eigh(cov_a), torch.linalg.eigh(cov_b)
     roots_a, roots_b = values_a.clamp(min=0).sqrt(), values_b.clamp(min=0).sqrt()
@@ -164,11 +167,11 @@ def frechet(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> flo
 
 
 class RFID:
-    """Collects pairs, batch by batch, and returns the distance in each convention.
+    """Collects image pairs batch by batch and computes the distance in each convention.
 
-    net: (B, 3, 299, 299) -> (B, net.dims), run in fp32. chunk_of: for each image number its chunk (see
-    `chunks`); 10 chunks take 2.7 GB where 1 takes .3, at 2048 dimensions and two conventions. On mps the sums
-    are on the CPU: it has no float64.
+    net: (B, 3, 299, 299) -> (B, net.dims), run in fp32. chunk_of: the chunk of each image (see `chunks`). At
+    2048 dimensions and two conventions, 10 chunks take 2.7 GB and a single chunk takes .3 GB. With mps, which
+    has no float64, the sums are on the CPU.
     """
 
     def __init__(self, net: nn.Module, conventions: Sequence[str], chunk_of: Tensor, device: torch.device
@@ -181,7 +184,7 @@ class RFID:
 
     @torch.no_grad()
     def add(self, real: Tensor, recon: Tensor, numbers: Tensor) -> None:
-        """uint8 (P, C, H, W) twice; numbers (B,) are of the first B <= P images, the rest is padding."""
+        """uint8 (P, C, H, W) twice. numbers: (B,), for the first B <= P images; the others are padding."""
         chunk = self.chunk_of[numbers].to(self.home)
         for convention in self.conventions:
             for name, images in zip(SETS, (real, recon), strict=True):
@@ -190,9 +193,10 @@ class RFID:
                 self.moments[convention, name].add(to_grid(features.to(self.home)), chunk)
 
     def result(self) -> dict[str, float]:
-        """rfid_<convention> over all processes and, with chunks, rfid_<convention>_se; the same on each.
+        """Computes rfid_<convention> and, with several chunks, rfid_<convention>_se over all processes.
 
-        Every process must call it. Raises ValueError if a Gaussian would be of fewer than 2 images.
+        Every process must call it, and all get the same result. Raises ValueError if a Gaussian would be
+        fitted to fewer than 2 images.
         """
         for moments in self.moments.values():
             moments.reduce()
@@ -213,11 +217,11 @@ class RFID:
 
 
 def chunks(size: int, count: int) -> Tensor:
-    """The chunk of each of `size` images: `count` chunks of equal size, drawn at random, always alike."""
+    """Assigns `size` images at random, with a fixed seed, to `count` chunks of equal size."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(0)) % count
 
 
 def jackknife(parts: Sequence[float]) -> float:
-    """Standard error of a statistic from its values with each of the equal chunks left out (Efron 1982)."""
+    """Standard error of a statistic, from its values with each equal-sized chunk left out (Efron 1982)."""
     mean = math.fsum(parts) / len(parts)
     return math.sqrt((len(parts) - 1) / len(parts) * math.fsum((part - mean) ** 2 for part in parts))

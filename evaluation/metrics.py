@@ -1,11 +1,11 @@
-"""PSNR, SSIM and LPIPS of reconstructions, the protocols that fix them, and averages over a data set.
+"""PSNR, SSIM and LPIPS of reconstructions, evaluation protocols, and averages over a data set.
 
-Training's validation and eval.py use the same code. In the default protocol every number is computed from two
-uint8 images, PSNR and SSIM in float64 and LPIPS in fp32. Metrics are taken per image and then averaged; the
-PSNR of the mean squared error, torchmetrics' default and 1 to 1.5 dB lower, is given beside them as
-psnr_pooled. rFID, which is not a mean over images, is in fid.py.
+Validation during training and eval.py share this code. In the default protocol every metric is computed from
+two uint8 images, PSNR and SSIM in float64 and LPIPS in fp32. Metrics are computed per image, then averaged.
+psnr_pooled is the PSNR of the mean squared error, torchmetrics' default and 1 to 1.5 dB lower. rFID is not a
+mean over images; it is in fid.py.
 
-Numbers do not depend on the number of processes: networks see batches of one size (the last is padded),
+Scores do not depend on the number of processes: networks see batches of one size (the last one is padded),
 per-image values are gathered by image number, and sums are exactly rounded.
 """
 
@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from evaluation.fid import RFID
 from runtime import distributed
 
-MIN_MSE = 1e-10  # on the 0..1 scale: identical images score 100 dB and not infinity
-C1, C2 = 0.01**2, 0.03**2  # SSIM's constants, for a range of 1
-GAUSS11 = tuple(math.exp(-((k - 5) ** 2) / (2 * 1.5**2)) for k in range(11))  # its window (Wang et al. 2004)
+MIN_MSE = 1e-10  # on the 0..1 scale: identical images score 100 dB instead of infinity
+C1, C2 = 0.01**2, 0.03**2  # SSIM's constants for a range of 1
+GAUSS11 = tuple(math.exp(-((k - 5) ** 2) / (2 * 1.5**2)) for k in range(11))  # SSIM window (Wang et al. 2004)
 UNIFORM7 = (1.0,) * 7  # scikit-image's default window
-LPIPS_MIN_SIDE = {"vgg": 16, "alex": 31, "squeeze": 17}  # pixels, below which a pooling layer has no output
-RESAMPLES = 1000  # of the bootstrap
+LPIPS_MIN_SIDE = {"vgg": 16, "alex": 31, "squeeze": 17}  # pixels; below this a pooling layer has no output
+RESAMPLES = 1000  # bootstrap resamples
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -38,15 +38,15 @@ RESAMPLES = 1000  # of the bootstrap
 
 @dataclass(frozen=True)
 class Protocol:
-    """Every choice that changes a number. Both SSIMs and all LPIPS nets are computed in each protocol."""
+    """Every choice that changes a score. Both SSIMs and all LPIPS networks are computed in each protocol."""
 
-    resize: str             # data.RESIZES; always short side, then centre crop
-    sample: bool            # decode a sample of the posterior (seeded per image) instead of its mean
-    truncate: bool          # to 8 bits by cutting off, which also darkens the reference, instead of rounding
-    floats: bool            # PSNR and SSIM from clamped, LPIPS from unclamped floats, not from the 8-bit pair
-    ssim: str               # the headline variants
-    lpips: str
-    rfid: tuple[str, ...]   # fid.PREPARE, the headline first
+    resize: str             # data.RESIZES; always of the short side, followed by a centre crop
+    sample: bool            # decode a posterior sample (seeded per image) instead of the mean
+    truncate: bool          # truncate to 8 bits instead of rounding; this also darkens the reference
+    floats: bool            # PSNR and SSIM from clamped, LPIPS from unclamped floats, not the 8-bit pair
+    ssim: str               # headline SSIM
+    lpips: str              # headline LPIPS
+    rfid: tuple[str, ...]   # fid.PREPARE, headline first
 
 
 # fmt: off
@@ -55,9 +55,9 @@ PROTOCOLS = {
     "default":     Protocol("bicubic",  False, False,   False, "ssim",     "lpips_vgg", ("pytorch", "clean")),
     # lavinal712/AutoencoderKL, eval.py: the protocol with the most published third-party numbers
     "lavinal712":  Protocol("bilinear", True,  True,    True,  "ssim_7x7", "lpips_vgg", ("pytorch", "clean")),
-    # guided-diffusion's crop and TensorFlow's features; LlamaGen, RAE. The rest is the default's
+    # guided-diffusion's crop and TensorFlow's features, as in LlamaGen and RAE; otherwise the default
     "adm":         Protocol("adm",      False, False,   False, "ssim",     "lpips_vgg", ("tf", "pytorch")),
-    # taming-transformers: OpenCV's resize and torch-fidelity's features. The rest is the default's
+    # taming-transformers: OpenCV's resize and torch-fidelity's features; otherwise the default
     "taming":      Protocol("opencv",   False, False,   False, "ssim",     "lpips_vgg", ("tf", "pytorch")),
 }
 # fmt: on
@@ -73,12 +73,12 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def truncate(x: Tensor) -> Tensor:
-    """[-1, 1] -> uint8 by cutting off, as peers' PNGs are; takes a level from 63 of the 256 it is given."""
+    """[-1, 1] -> uint8 by truncation, as in peers' PNGs; 63 of the 256 levels come back one lower."""
     return ((x.float().clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8)
 
 
 def pairs(protocol: Protocol, images: Tensor, recon: Tensor) -> tuple[Tensor, ...]:
-    """uint8 images and recon in about [-1, 1] -> the 8-bit pair, the pair of PSNR and SSIM, that of LPIPS."""
+    """uint8 images and recon in about [-1, 1] -> 8-bit pair, pair for PSNR and SSIM, pair for LPIPS."""
     if protocol.truncate:
         normalised = (images.float() / 255 - 0.5) / 0.5     # torchvision's ToTensor and Normalize
         a, b = truncate(normalised), truncate(recon)
@@ -91,14 +91,14 @@ def pairs(protocol: Protocol, images: Tensor, recon: Tensor) -> tuple[Tensor, ..
 
 
 # ------------------------------------------------------------------------------------------------------------
-# per image: (B, C, H, W) twice, both uint8 or both float64 in [0, 1] -> float64 (B,)
+# per-image metrics: two (B, C, H, W), both uint8 or both float64 in [0, 1] -> float64 (B,)
 
 
 def check(a: Tensor, b: Tensor) -> None:
     fine = a.dtype == b.dtype and a.dtype in (torch.uint8, torch.float64)
     if a.shape != b.shape or a.ndim != 4 or not fine:
         got = " and ".join(f"{t.dtype} {tuple(t.shape)}" for t in (a, b))
-        raise ValueError(f"expected two uint8 (or float64) tensors of one shape (B, C, H, W), got {got}")
+        raise ValueError(f"expected two uint8 (or float64) tensors of equal shape (B, C, H, W), got {got}")
 
 
 def unit(images: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ def unit(images: Tensor) -> Tensor:
 
 
 def mse(a: Tensor, b: Tensor) -> Tensor:
-    """Mean squared error on the 0..1 scale. Raises ValueError unless both are of one type and shape."""
+    """Mean squared error on the 0..1 scale. Raises ValueError if dtypes or shapes differ."""
     check(a, b)
     scale = 255 if a.dtype == torch.uint8 else 1
     return (a.double() - b.double()).square().flatten(1).mean(dim=1) / scale**2
@@ -119,21 +119,21 @@ def decibels(error: Tensor) -> Tensor:
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio over all channels in dB, at most 100. Raises ValueError as `mse`."""
+    """Peak signal-to-noise ratio over all channels in dB, at most 100. Raises ValueError like `mse`."""
     return decibels(mse(a, b))
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004), mean over channels and over the windows inside the image.
+    """Structural similarity (Wang et al. 2004), averaged over channels and over the windows inside the image.
 
-    Gaussian window 11 x 11, sigma 1.5, range 1; equal to scikit-image with gaussian_weights=True, sigma=1.5,
-    use_sample_covariance=False. Raises ValueError as `mse`, and on images with a side under 11.
+    Gaussian window 11 x 11, sigma 1.5, range 1; equals scikit-image with gaussian_weights=True, sigma=1.5,
+    use_sample_covariance=False. Raises ValueError like `mse`, and for images with a side under 11.
     """
     return windowed_ssim(a, b, GAUSS11, bessel=1.0)
 
 
 def ssim_7x7(a: Tensor, b: Tensor) -> Tensor:
-    """SSIM in uniform windows 7 x 7 with sample covariances, scikit-image's default; about .01 higher."""
+    """SSIM in uniform 7 x 7 windows with sample covariances, scikit-image's default; about .01 higher."""
     return windowed_ssim(a, b, UNIFORM7, bessel=49 / 48)
 
 
@@ -141,13 +141,13 @@ def windowed_ssim(a: Tensor, b: Tensor, window: Sequence[float], bessel: float) 
     check(a, b)
     if min(a.shape[-2:]) < len(window):
         raise ValueError(f"SSIM needs sides of at least {len(window)} pixels, got {tuple(a.shape[-2:])}")
-    # image by image: the maps of one fit in a cache, and the batch size cannot change a bit
+    # one image at a time: its maps fit in a cache, and results are bitwise independent of the batch size
     images = zip(unit(a), unit(b), strict=True)
     return torch.stack([ssim_map(x, y, window, bessel).mean() for x, y in images])
 
 
 def ssim_map(x: Tensor, y: Tensor, window: Sequence[float], bessel: float) -> Tensor:
-    """SSIM of two images (C, H, W) in [0, 1] in each window: (C, H - K + 1, W - K + 1) for K weights."""
+    """SSIM of two images (C, H, W) in [0, 1] per window of K x K pixels: (C, H - K + 1, W - K + 1)."""
     mean_x, mean_y, xx, yy, xy = blur(torch.stack([x, y, x * x, y * y, x * y]), window)
     covariance = bessel * (xy - mean_x * mean_y)
     variances = bessel * (xx - mean_x**2 + yy - mean_y**2)
@@ -156,9 +156,9 @@ def ssim_map(x: Tensor, y: Tensor, window: Sequence[float], bessel: float) -> Te
 
 
 def blur(maps: Tensor, window: Sequence[float]) -> Tensor:
-    """Mean under the window along both axes, without padding: (..., H, W) -> (..., H - K + 1, W - K + 1).
+    """Windowed mean along both axes, without padding: (..., H, W) -> (..., H - K + 1, W - K + 1).
 
-    Shifted sums, one axis after the other: in float64 conv2d takes 10 times as long on a CPU.
+    Sums shifted copies along one axis at a time: float64 conv2d takes 10 times as long on a CPU.
     """
     for dim in (-2, -1):
         size = maps.shape[dim] - len(window) + 1
@@ -174,9 +174,9 @@ def blur(maps: Tensor, window: Sequence[float]) -> Tensor:
 
 
 def load_lpips(name: str, state: dict[str, Tensor]) -> nn.Module:
-    """LPIPS v0.1 (Zhang et al. 2018; the lpips package) on vgg, alex or squeeze: frozen, in eval mode.
+    """LPIPS v0.1 (Zhang et al. 2018; the lpips package) on vgg, alex or squeeze, frozen and in eval mode.
 
-    state: the convolutions as weights.load gives them. Raises ValueError if they are of another network.
+    state: the convolutions, as returned by weights.load. Raises ValueError if they belong to another network.
     """
     net = lpips.LPIPS(net=name, pnet_rand=True, verbose=False).requires_grad_(False)
     # the package's slices keep torchvision's layer numbers: slice2.5.weight is features.5.weight
@@ -189,7 +189,7 @@ def load_lpips(name: str, state: dict[str, Tensor]) -> nn.Module:
 
 
 def lpips_distance(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """LPIPS of images in [-1, 1], 1 or 3 channels, in fp32 whatever autocast is on: float64 (B,)."""
+    """LPIPS of images in [-1, 1], 1 or 3 channels, in fp32 even under autocast: float64 (B,)."""
     with torch.autocast(x.device.type, enabled=False):
         return net(*(t.float().expand(-1, 3, -1, -1) for t in (x, y))).flatten().double()
 
@@ -199,7 +199,7 @@ def lpips_distance(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 class Stopwatch:
-    """Seconds by stage; waits for the GPU, so that work is charged to the stage that ordered it."""
+    """Seconds per stage; synchronises the GPU so that work counts towards the stage that launched it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds = device, Counter()
@@ -213,7 +213,7 @@ class Stopwatch:
         self.seconds[name] += time.perf_counter() - start
 
     def waiting(self, name: str, items: Iterable) -> Iterator:
-        """The items; the time until each comes is the stage's."""
+        """Yields the items; the time spent waiting for them counts towards the stage."""
         iterator, end = iter(items), object()
         while True:
             with self.stage(name):
@@ -224,11 +224,11 @@ class Stopwatch:
 
 
 class Scorer:
-    """Scores this process's share of a data set, batch by batch; `table` joins the shares.
+    """Scores this process's share of a data set, batch by batch; `table` merges the shares.
 
     model: x (B, C, H, W) in [-1, 1] -> (recon, posterior), in eval mode, run inside `autocast`. lpips_nets:
-    by name, see `load_lpips`. With a batch_size every network sees batches of that size: what is missing is
-    filled up and left out again, and so no image's score depends on how the set was dealt out.
+    by name, see `load_lpips`. Every network sees batches of batch_size images: smaller batches are padded and
+    the padding is dropped, so the score of an image does not depend on how the set is split.
     """
 
     def __init__(
@@ -254,7 +254,7 @@ class Scorer:
 
     @torch.no_grad()
     def add(self, images: Tensor, numbers: Tensor | None = None) -> None:
-        """uint8 (B, C, H, W) and their numbers in the set (else they count as in `val_loader`)."""
+        """images: uint8 (B, C, H, W); numbers: their indices in the set (default: as in `val_loader`)."""
         count = len(images)
         if not count:
             return
@@ -277,7 +277,7 @@ class Scorer:
         self.rows.append(torch.stack([numbers.double(), *(value.cpu() for value in values)], dim=1))
 
     def reconstruct(self, images: Tensor, numbers: Tensor) -> Tensor:
-        """uint8 (B, C, H, W) -> recon, about [-1, 1], of the posterior's mean or the protocol's sample."""
+        """uint8 (B, C, H, W) -> recon in about [-1, 1], from the posterior mean or the protocol's sample."""
         x = images.float() / 127.5 - 1
         with self.autocast:
             if not self.protocol.sample:
@@ -287,9 +287,9 @@ class Scorer:
             return self.model(x, noise(numbers, shape).to(x.device))[0]
 
     def table(self) -> dict[str, np.ndarray]:
-        """Columns number, psnr, ssim, ... of all processes' images in order; the same in each process.
+        """Columns number, psnr, ssim, ... of the images of all processes, in order; the same on each.
 
-        Raises ValueError if there is no image.
+        Raises ValueError if there are no images.
         """
         rows = torch.cat(distributed.gather(torch.cat(self.rows)))
         if not len(rows):
@@ -299,19 +299,19 @@ class Scorer:
 
 
 def pad(rows: Tensor, size: int) -> Tensor:
-    """Fill up to `size` rows with copies of the last."""
+    """Pads to `size` rows with copies of the last row."""
     missing = max(0, size - len(rows))
     return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows
 
 
 def noise(numbers: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """N(0, 1) for each image, a function of its number alone: (B, *shape)."""
+    """N(0, 1) noise (B, *shape) that depends only on the number of each image."""
     seeded = (torch.Generator().manual_seed(number) for number in numbers.tolist())
     return torch.stack([torch.randn(shape, generator=generator) for generator in seeded])
 
 
 def summary(table: dict[str, np.ndarray]) -> dict[str, float]:
-    """Means over images; psnr_std, psnr_pooled, n. fsum rounds once, whatever the order."""
+    """Means over images, psnr_std, psnr_pooled and n. fsum rounds once, so the order does not matter."""
     n = len(table["number"])
     means = {name: math.fsum(column) / n for name, column in table.items() if name != "number"}
     variance = math.fsum((table["psnr"] - means["psnr"]) ** 2) / n
@@ -338,10 +338,10 @@ def evaluate(
     device: torch.device,
     autocast: AbstractContextManager | None = None,
 ) -> dict[str, float]:
-    """PSNR and SSIM of reconstructions from the posterior mean, over the images of all processes.
+    """PSNR and SSIM of posterior-mean reconstructions, over the images of all processes.
 
-    batches: this process's share, uint8 (B, C, H, W); shares and batches may differ in size, an empty batch
-    is passed over. Returns psnr, ssim, ssim_7x7, psnr_std, psnr_pooled, n, alike in all processes. Raises
+    batches: this process's share, uint8 (B, C, H, W). Shares and batches may differ in size; empty batches
+    are skipped. Returns psnr, ssim, ssim_7x7, psnr_std, psnr_pooled and n, the same on every process. Raises
     ValueError if n is 0.
     """
     training = model.training

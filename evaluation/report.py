@@ -1,7 +1,7 @@
-"""What eval.py shows of its results: tables, per-image values, pictures and the resolution curve.
+"""Output of eval.py: tables, per-image values, pictures and the resolution curve.
 
-A report is the dict that --json holds: metric names to numbers, and beside them intervals, protocol and the
-rest (eval.py). Pictures are drawn with Pillow alone.
+A report is the dict that --json writes. It maps metric names to numbers and also holds the intervals, the
+protocol and other entries (see eval.py). Pictures are drawn with Pillow only.
 """
 
 import csv
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-# name: (title, short title, decimals), in the order in which papers print them
+# name: (title, short title, decimals), in the order used by papers
 METRICS = {
     "rfid_pytorch": ("rFID, pytorch-fid", "rFID", 3),
     "rfid_clean": ("rFID, clean-fid", "rFID-clean", 3),
@@ -27,7 +27,7 @@ METRICS = {
 }
 HEADLINES = ("rfid", "psnr", "ssim", "lpips")
 COLOURS = ("#0b5394", "#b45309", "#38761d", "#741b47")
-GAP, TEXT = 2, 12   # pixels between pictures; height of the lettering
+GAP, TEXT = 2, 12   # gap between pictures and height of text, pixels
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -61,10 +61,10 @@ def curve_table(reports: Sequence[dict]) -> str:
 
 
 def about(report: dict) -> str:
-    """The protocol, in the lines above the table."""
+    """The lines above the table: model, images, protocol, versions and weight files."""
     protocol, precision = report["protocol"], report["precision"]
-    latent = "a sample of the posterior" if protocol["sample"] else "posterior mean"
-    bits = "cut off" if protocol["truncate"] else "rounded"
+    latent = "posterior sample" if protocol["sample"] else "posterior mean"
+    bits = "truncated" if protocol["truncate"] else "rounded"
     pixels = "floats" if protocol["floats"] else "8-bit images"
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return "\n".join([
@@ -79,16 +79,16 @@ def about(report: dict) -> str:
 
 
 def speed(report: dict) -> str:
-    """Where the time went, per stage of the first process."""
+    """Time per stage on the first process."""
     images = -(-report["n"] // report["processes"])
     stages = (f"{name} {seconds:.1f} s ({images / max(seconds, 1e-9):,.1f} img/s)"
               for name, seconds in report["seconds"].items() if name != "covariances")
     last = report["seconds"].get("covariances")
-    return "time      " + ", ".join(stages) + (f", rFID's covariances {last:.1f} s" if last else "")
+    return "time      " + ", ".join(stages) + (f", rFID covariances {last:.1f} s" if last else "")
 
 
 def write_csv(path: str | Path, values: dict[str, np.ndarray], name_of: Callable[[int], str]) -> None:
-    """One line per image: number, file, and every per-image metric."""
+    """Writes one line per image: number, file and every per-image metric."""
     columns = {name: column for name, column in values.items() if name != "number"}
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
@@ -102,7 +102,7 @@ def write_csv(path: str | Path, values: dict[str, np.ndarray], name_of: Callable
 
 
 def write_grid(path: str | Path, rows: Sequence[Tensor]) -> None:
-    """Rows of uint8 images (N, 1 or 3, H, W), each above the next, with white between."""
+    """Draws rows of uint8 images (N, 1 or 3, H, W) from top to bottom, with white gaps."""
     pictures = [[to_image(image) for image in row] for row in rows]
     height, width = rows[0].shape[-2] + GAP, rows[0].shape[-1] + GAP
     sheet = Image.new("RGB", (len(rows[0]) * width + GAP, len(rows) * height + GAP), "white")
@@ -113,7 +113,7 @@ def write_grid(path: str | Path, rows: Sequence[Tensor]) -> None:
 
 
 def write_extremes(path: str | Path, blocks: Sequence[tuple[str, Tensor, Tensor, Sequence[str]]]) -> None:
-    """Blocks (title, images, recons, captions): title, captions, images and their reconstructions below."""
+    """Draws blocks (title, images, recons, captions): title, captions, and images above reconstructions."""
     _, first, _, _ = blocks[0]
     count, side = len(first), first.shape[-1]
     cell = max(side, 8 * TEXT) + GAP
@@ -134,7 +134,7 @@ def write_extremes(path: str | Path, blocks: Sequence[tuple[str, Tensor, Tensor,
 
 
 def shorten(text: str, width: int, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont) -> str:
-    """The end of a text that fits the width: file names differ in their ends."""
+    """Drops leading characters until the text fits the width, because file names differ at their ends."""
     while draw.textlength(text, font) > width - 4 and len(text) > 1:
         text = text[1:]
     return text
@@ -149,7 +149,7 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 
 def write_plot(path: str | Path, reports: Sequence[dict]) -> None:
-    """The headline metrics against resolution, one panel each (paper Fig. 5)."""
+    """Plots the headline metrics against resolution, one panel each (paper Fig. 5)."""
     headline = reports[0]["protocol"]["headline"]
     names = [headline[kind] for kind in HEADLINES if all(headline[kind] in report for report in reports)]
     width, height = 320, 240
@@ -163,7 +163,7 @@ def write_plot(path: str | Path, reports: Sequence[dict]) -> None:
 
 def draw_panel(sheet: Image.Image, place: tuple[int, int, int], titles: tuple[str, str, int], colour: str,
                xs: Sequence[int], ys: Sequence[float]) -> None:
-    """A line with dots; x on a log scale, labelled where it was measured, y from lowest to highest value."""
+    """Draws a line with dots; x is logarithmic with a label per point, y spans lowest to highest value."""
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(TEXT)
     offset, width, height = place
     left, right, top, bottom = offset + 58, offset + width - 24, 34, height - 44

@@ -1,1 +1,1 @@
-"""What any run needs and no paper mentions."""
+"""Infrastructure that the paper does not describe: flags, processes, random streams, data, weight files."""

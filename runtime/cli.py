@@ -1,4 +1,4 @@
-"""What train.py and eval.py share on the command line: both spellings, flag files, and one-line errors."""
+"""Command-line code shared by train.py and eval.py: flag spelling, flag files and one-line errors."""
 
 import argparse
 import math
@@ -12,7 +12,7 @@ from runtime import distributed
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds each default to its help, but "None" to none; calls whole numbers N and others X."""
+    """Appends defaults other than None to the help text; shows integers as N and other numbers as X."""
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         if action.type is amount:
@@ -25,11 +25,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with the house rules.
+    """argparse with the rules of this project.
 
-    --batch-size and --batch_size are the same flag and nothing may be abbreviated. @file reads flags from a
-    file: several words a line, quotes as in a shell, comments after #, and @other for the flags of another
-    file. A wrong flag is one line and exit code 2.
+    --batch-size and --batch_size are the same flag, and abbreviations are rejected. @file reads flags from a
+    file, with several words per line, shell quoting, comments after #, and @other to include another file. A
+    wrong flag gives one line and exit code 2.
     """
 
     def __init__(self, description: str) -> None:
@@ -44,10 +44,10 @@ class ArgumentParser(argparse.ArgumentParser):
         args = sys.argv[1:] if args is None else args
         try:
             return super().parse_known_args([hyphens(arg) for arg in args], namespace)
-        except ValueError as error:                       # a flag file with an open quote, or no text at all
+        except ValueError as error:                       # an unclosed quote, or not a text file
             self.error(f"cannot read the flag file: {error}")
         except RecursionError:
-            self.error("cannot read the flag file: it names itself, straight away or through others")
+            self.error("cannot read the flag file: it includes itself, directly or through other files")
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         return [hyphens(word) for word in shlex.split(line, comments=True)]
@@ -57,28 +57,28 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def positive(text: str) -> int:
-    """A flag's whole number, 1 or more."""
+    """Parses an integer of at least 1."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return int(text)
 
 
 def natural(text: str) -> int:
-    """A flag's whole number, 0 or more."""
+    """Parses an integer of at least 0."""
     if int(text) < 0:
         raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
     return int(text)
 
 
 def amount(text: str) -> float:
-    """A flag's number, finite and not negative: weights, rates, limits."""
+    """Parses a finite number of at least 0: weights, rates, limits."""
     if not 0 <= float(text) < math.inf:
         raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
     return float(text)
 
 
 def hyphens(arg: str) -> str:
-    """--batch_size=4 -> --batch-size=4; values are left alone."""
+    """--batch_size=4 -> --batch-size=4; values are unchanged."""
     if not arg.startswith("--"):
         return arg
     flag, equals, value = arg.partition("=")
@@ -87,9 +87,9 @@ def hyphens(arg: str) -> str:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Ends the program with one line and exit code 2 on what a user can cause (ValueError, OSError).
+    """Ends the program with one line and exit code 2 on errors that users can cause (ValueError, OSError).
 
-    Wraps the set-up alone: after it an exception is a defect of ours and shows its traceback.
+    It wraps only the set-up: any later exception is a bug and shows its traceback.
     """
     try:
         yield

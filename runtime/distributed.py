@@ -1,7 +1,7 @@
-"""Everything that knows of more than one process: set-up, rank 0, reductions.
+"""Multi-process code: set-up, rank 0, reductions.
 
-torchrun sets RANK, LOCAL_RANK and WORLD_SIZE. Without it nothing is set up: every call still works, and the
-reductions return what they got. Rank 0 alone writes; who writes asks `is_main`.
+torchrun sets RANK, LOCAL_RANK and WORLD_SIZE. Without torchrun there is no process group: every call still
+works, and the reductions return their input. Only rank 0 writes files; code that writes checks `is_main`.
 """
 
 import os
@@ -21,8 +21,8 @@ TIMEOUT = timedelta(hours=1)  # ours: rank 0 may index a large archive or fetch 
 def init(device: str = "auto") -> torch.device:
     """Join the process group if torchrun started several processes; return this process's device.
 
-    device: cpu, cuda (GPU number LOCAL_RANK), mps (one process only), auto (cuda if there is one, else cpu).
-    Backend: nccl on cuda, else gloo. Raises ValueError if there is no such device.
+    device: cpu, cuda (GPU number LOCAL_RANK), mps (one process only), auto (cuda if available, else cpu).
+    Backend: nccl on cuda, else gloo. Raises ValueError if the device is not available.
     """
     several, local = int(os.environ.get("WORLD_SIZE", 1)) > 1, int(os.environ.get("LOCAL_RANK", 0))
     gpus = torch.cuda.device_count()
@@ -59,10 +59,10 @@ def is_main() -> bool:
 
 
 def print0(*args: Any) -> None:
-    """print() on rank 0 alone, above a tqdm bar instead of through it."""
+    """print() on rank 0 only, above a tqdm bar instead of through it."""
     if is_main():
         tqdm.write(" ".join(map(str, args)))
-        sys.stdout.flush()  # in a pipe the log should not lag behind the bar
+        sys.stdout.flush()  # keeps a piped log from lagging behind the bar
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -77,12 +77,12 @@ def sum_(tensor: Tensor) -> Tensor:
 
 
 def mean(tensor: Tensor) -> Tensor:
-    """Mean over processes, a new tensor without gradient; where shards differ in size, use sums."""
+    """Mean over processes as a new tensor without gradient; use sums if shards differ in size."""
     return sum_(tensor.detach().clone()) / world_size()
 
 
 def gather(obj: Any) -> list[Any]:
-    """The object of each process, by rank; anything that can be pickled."""
+    """Returns the objects of all processes, in order of rank; they must be picklable."""
     boxes = [obj] * world_size()
     if world_size() > 1:
         dist.all_gather_object(boxes, obj)
@@ -90,7 +90,7 @@ def gather(obj: Any) -> list[Any]:
 
 
 def broadcast_object(obj: Any) -> Any:
-    """Rank 0's object, on every process; anything that can be pickled."""
+    """Returns rank 0's object on every process; it must be picklable."""
     box = [obj]
     if world_size() > 1:
         dist.broadcast_object_list(box, src=0)
@@ -98,10 +98,10 @@ def broadcast_object(obj: Any) -> Any:
 
 
 def from_main(fn: Callable[[], Any]) -> Any:
-    """fn() on rank 0 alone and its result on every process: for what one process decides, lists or fetches.
+    """Runs fn() on rank 0 only and returns its result on every process: for decisions, listings, downloads.
 
-    If it raises, the others raise the same text, as a ValueError or OSError if it was one, else as a
-    RuntimeError: nobody waits for a process that gave up.
+    If fn raises, the other processes raise the same message, as a ValueError or OSError if it was one, else
+    as a RuntimeError, so no process waits for one that has failed.
     """
     outcome, error = None, None
     if is_main():
@@ -115,5 +115,5 @@ def from_main(fn: Callable[[], Any]) -> Any:
         try:
             raise error or told
         finally:
-            del error, told    # the traceback would hold this frame, and so whatever its callers hold
+            del error, told    # else the traceback keeps this frame and its callers' objects alive
     return outcome

@@ -1,6 +1,7 @@
-"""Reading images from folders, archives and the generator: `open_source` lists them, a source reads one.
+"""Reads images from folders, archives and the synthetic generator.
 
-A source has a length, names, and `read(i, side)`, which gives an RGB image or raises BrokenImage.
+`open_source` lists the images. A source has a length, names, and `read(i, side)`, which returns an RGB image
+or raises BrokenImage.
 """
 
 import copy
@@ -22,9 +23,9 @@ from PIL import Image, UnidentifiedImageError
 from synthetic import dead_leaves
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")    # in any case: ImageNet has .JPEG
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")    # by content: one .JPEG of ImageNet is a PNG
-MAX_PIXELS = 89_478_485    # above it: a decompression bomb; Pillow's limit, at which it only warns
-HELD_OUT = 1               # seed of the synthetic images to validate on; 0 is trained on
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")    # by content: one of ImageNet's .JPEG files is a PNG
+MAX_PIXELS = 89_478_485    # larger images count as decompression bombs; Pillow only warns at this limit
+HELD_OUT = 1               # seed of the synthetic validation images; training uses 0
 
 
 class BrokenImage(ValueError):
@@ -38,16 +39,16 @@ class NoImages(ValueError):
 def load_rgb(file: str | Path | BinaryIO | bytes) -> Image.Image:
     """Decode an image to 8-bit RGB, the same way for training and evaluation.
 
-    8-bit RGB stays as it is; grey, palette and CMYK are converted; 16-bit grey is divided by 257; alpha is
-    laid over white. EXIF orientation is ignored, as it is in the published ImageNet protocols.
-    Raises BrokenImage for whatever cannot be decoded, truncated files and decompression bombs among them.
+    8-bit RGB is unchanged; grey, palette and CMYK are converted; 16-bit grey is divided by 257; alpha is
+    composited over white. EXIF orientation is ignored, as in the published ImageNet protocols.
+    Raises BrokenImage if the file cannot be decoded; truncated files and decompression bombs count as such.
     """
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
             return _to_rgb(image)
-    except UnidentifiedImageError as error:    # its own message is a memory address
+    except UnidentifiedImageError as error:    # Pillow's message is only a memory address
         raise BrokenImage(f"not one of {', '.join(FORMATS)}") from error
-    except Exception as error:    # on damaged bytes Pillow's decoders raise nearly every type
+    except Exception as error:    # Pillow's decoders raise almost any type on damaged bytes
         raise BrokenImage(" ".join(str(error).split()) or repr(error)) from error
 
 
@@ -60,7 +61,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image)
         if grey.min() < 0 or grey.max() > 65535:
             raise ValueError(f"pixels {grey.min()}..{grey.max()} are not 16-bit; store 8 or 16 bits")
-        image = Image.fromarray(np.round(grey / 257).astype(np.uint8))    # Pillow alone would clip at 255
+        image = Image.fromarray(np.round(grey / 257).astype(np.uint8))    # Pillow itself would clip at 255
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -68,11 +69,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 class FileSource:
-    """Images in folders and archives as one flat list, read in any order.
+    """Images in folders and archives as one flat list with random access.
 
     roots: (folder, archive in it or ""); entries: (root number, name, offset, size), offset -1 for a file.
-    They are kept in two arrays, since forked workers copy a list of strings as soon as they touch it: the
-    1.28M files of ImageNet take 70 MB once. No file stays open: workers may fork or spawn, tars may be many.
+    Entries are stored in two arrays, because forked workers copy a list of strings on first access; the 1.28M
+    files of ImageNet take 70 MB once. No file is kept open: workers may fork or spawn, and tars may be many.
     """
 
     def __init__(self, spec: str, roots: Sequence[tuple[str, str]],
@@ -85,21 +86,21 @@ class FileSource:
         return len(self.table)
 
     def select(self, indices: Sequence[int]) -> "FileSource":
-        """A source of these images only."""
+        """Returns a source with these images only."""
         view = copy.copy(self)
         view.names, view.table = self.names[indices], self.table[indices]
         return view
 
     def name(self, i: int) -> str:
-        """What image i is called wherever the data lies: its path in its folder, or archive/path."""
+        """Name of image i, independent of where the data lies: its path in its folder, or archive/path."""
         return os.path.join(self.roots[self.table[i, 0]][1], os.fsdecode(self.names[i]))
 
     def path(self, i: int) -> str:
-        """Where image i is, for messages."""
+        """Location of image i, for messages."""
         return os.path.join(self.roots[self.table[i, 0]][0], self.name(i))
 
     def read(self, i: int, side: int) -> Image.Image:
-        """Image i as RGB in its own size (`side` is for pictures made to measure); raises BrokenImage."""
+        """Image i as RGB in its own size (only synthetic images use `side`); raises BrokenImage."""
         root, offset, size = self.table[i].tolist()
         try:
             if offset < 0:
@@ -112,7 +113,7 @@ class FileSource:
 
 
 class SyntheticSource:
-    """Dead-leaves images (synthetic.py): image i is a pure function of (seed, i) and the side asked for."""
+    """Dead-leaves images (synthetic.py): image i is a pure function of (seed, i) and the requested side."""
 
     spec = "synthetic"
 
@@ -123,7 +124,7 @@ class SyntheticSource:
         return self.count
 
     def name(self, i: int) -> str:
-        """What image i is called, also in messages."""
+        """Name of image i, also used in messages."""
         return f"synthetic/{self.seed}/{i}"
 
     path = name
@@ -137,11 +138,11 @@ Source = FileSource | SyntheticSource
 
 
 def open_source(spec: str, held_out: bool = False) -> Source:
-    """The images behind a --data value: folders at any depth, image files, .tar, .zip; commas join several.
+    """Opens a --data value: folders at any depth, image files, .tar and .zip, separated by commas.
 
-    Takes globs and ranges such as train-{0000..0252}.tar; the word synthetic stands for dead-leaves images,
-    with held_out for those that are never trained on. Raises ValueError, one line, when something is missing,
-    damaged, or holds no image.
+    Globs and ranges such as train-{0000..0252}.tar are expanded. The word synthetic stands for dead-leaves
+    images; held_out selects those that are never used for training. Raises ValueError with one line if a path
+    is missing or damaged, or if there are no images.
     """
     if spec == "synthetic":
         return SyntheticSource(HELD_OUT if held_out else 0)
@@ -157,19 +158,19 @@ def open_source(spec: str, held_out: bool = False) -> Source:
     except (ValueError, tarfile.TarError, zipfile.BadZipFile) as error:
         raise ValueError(f"data source {spec!r}: {error}") from error
     if not entries:
-        raise ValueError(f"data source {spec!r} holds no image ({' '.join(EXTENSIONS)}); archives in a "
-                         "folder are given as folder/*.tar, and synthetic needs no files")
+        raise ValueError(f"data source {spec!r} contains no images ({' '.join(EXTENSIONS)}); give the "
+                         "archives in a folder as folder/*.tar; synthetic needs no files")
     return FileSource(spec, list(roots), entries)
 
 
 def _expand(spec: str) -> list[str]:
-    """Split at commas, count through ranges, then glob; what exists under its literal name is left alone."""
+    """Splits at commas, expands ranges, then globs; a path that exists literally is used as it is."""
     paths = []
     for part in [spec] if os.path.exists(spec) else spec.split(","):
         for pattern in _expand_ranges(os.path.expanduser(part.strip())):
             found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
             if not found:
-                raise ValueError(f"no {pattern!r}; give folders, images, .tar, .zip, or synthetic alone")
+                raise ValueError(f"{pattern!r} not found; give folders, images, .tar, .zip or only synthetic")
             paths += found
     return paths
 
@@ -184,7 +185,7 @@ def _expand_ranges(pattern: str) -> list[str]:
 
 
 def _index(path: str) -> tuple[tuple[str, str], list[tuple[str, int, int]]]:
-    """The root (folder, archive) and its images (name, offset, size)."""
+    """Returns the root (folder, archive) and its images (name, offset, size)."""
     if os.path.isdir(path):
         return (path, ""), _index_folder(path)
     if path.lower().endswith(".tar"):
@@ -193,11 +194,11 @@ def _index(path: str) -> tuple[tuple[str, str], list[tuple[str, int, int]]]:
         return os.path.split(path), _index_zip(path)
     if path.lower().endswith(EXTENSIONS):
         return (os.path.dirname(path), ""), [(os.path.basename(path), -1, 0)]
-    raise ValueError(f"{path!r} is no folder, .tar, .zip or image ({' '.join(EXTENSIONS)})")
+    raise ValueError(f"{path!r} is not a folder, .tar, .zip or image ({' '.join(EXTENSIONS)})")
 
 
 def _is_image(name: str) -> bool:
-    """By extension; hidden files and what hidden folders hold (.Trash, ._x.jpg of macOS) are not meant."""
+    """Checks the extension; excludes hidden files and hidden folders (macOS's ._x.jpg, .Trash)."""
     return name.lower().endswith(EXTENSIONS) and not re.search(r"(^|/)\.[^/.]", name)
 
 
@@ -209,7 +210,7 @@ def _index_folder(root: str) -> list[tuple[str, int, int]]:
     members, seen = [], set()
     for folder, folders, files in os.walk(root, followlinks=True, onerror=_raise):
         real = os.path.realpath(folder)
-        if real in seen:    # a link to a folder above would lead in circles
+        if real in seen:    # a link to a parent folder would loop
             folders.clear()
             continue
         seen.add(real)
@@ -223,16 +224,16 @@ def _index_tar(path: str) -> list[tuple[str, int, int]]:
     members = []
     try:
         tar = tarfile.open(path, "r:")
-    except tarfile.ReadError as error:    # its words differ with the bytes it met
-        raise ValueError(f"{path!r} is no plain .tar ({error}); unpack it, or make it again") from error
+    except tarfile.ReadError as error:    # tarfile's message depends on the bytes it met
+        raise ValueError(f"{path!r} is not a plain .tar ({error}); unpack or recreate it") from error
     with tar:
         for member in tar:
             if member.isfile() and _is_image(member.name):
                 members.append((member.name, member.offset_data, member.size))
-            tar.members.clear()    # or it keeps 1 kB on each
+            tar.members.clear()    # tarfile would keep 1 kB per member
         tar.fileobj.seek(tar.offset)
-        if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):    # tarfile takes a damaged header for the end
-            raise ValueError(f"{path!r} is damaged at byte {tar.offset}; fetch or make it again")
+        if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):    # tarfile treats a damaged header as the end
+            raise ValueError(f"{path!r} is damaged at byte {tar.offset}; download or recreate it")
     return members
 
 
@@ -241,23 +242,23 @@ def _index_zip(path: str) -> list[tuple[str, int, int]]:
         members = [member for member in archive.infolist() if _is_image(member.filename)]
     for member in members:
         if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError(f"{path!r}: {member.filename!r} is encrypted or not deflated; zip it again")
+            raise ValueError(f"{path!r}: {member.filename!r} is encrypted or not deflated; recreate the zip")
     return [(member.filename, member.header_offset, member.compress_size) for member in members]
 
 
 def _read_file(path: str) -> bytes:
     if not os.path.exists(path) or os.path.isfile(path):
         return Path(path).read_bytes()
-    raise BrokenImage("not a regular file")    # a named pipe would be waited for without end
+    raise BrokenImage("not a regular file")    # reading a named pipe would block forever
 
 
 def _read_member(archive: str, offset: int, size: int) -> bytes:
-    """Bytes of a tar or zip member, without a ZipFile, which takes 1 kB per member in each worker."""
+    """Reads the bytes of a tar or zip member without ZipFile, which takes 1 kB per member in each worker."""
     with open(archive, "rb") as file:
         file.seek(offset)
         if archive.lower().endswith(".tar"):
             return file.read(size)
-        header = file.read(30)    # zip's local header: compression, lengths of the name and of an extra field
+        header = file.read(30)    # zip's local header: compression, lengths of name and extra field
         method, name, extra = (int.from_bytes(header[at:at + 2], "little") for at in (8, 26, 28))
         file.seek(name + extra, os.SEEK_CUR)
         data = file.read(size)
@@ -265,7 +266,7 @@ def _read_member(archive: str, offset: int, size: int) -> bytes:
 
 
 def summary(source: Source) -> dict[str, str | int]:
-    """What a checkpoint says of its data: the --data value, how many images, a hash of their names."""
+    """Describes the data for a checkpoint: the --data value, the number of images, a hash of their names."""
     about = {"spec": source.spec, "images": len(source)}
     if isinstance(source, FileSource):
         names = hashlib.blake2b(digest_size=16)

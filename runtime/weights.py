@@ -1,9 +1,9 @@
-"""Published network weights: where a file is looked for, fetching it once, and its sha256.
+"""Published network weights: finding a file, downloading it once, and its sha256.
 
-vgg, alex and squeeze are torchvision's ImageNet classifiers, on which LPIPS stands; inception is the port of
-the 2015 graph that pytorch-fid and clean-fid share. A file is looked for under the path given, else in
-checkpoints/ of torch hub's cache: $TORCH_HOME/hub, else $XDG_CACHE_HOME/torch/hub, else ~/.cache/torch/hub.
-Only if it is not there is it fetched, whole or not at all and with its hash checked.
+vgg, alex and squeeze are torchvision's ImageNet classifiers, which LPIPS builds on; inception is the port of
+the 2015 graph that pytorch-fid and clean-fid share. A file is read from the given path, else from torch hub's
+cache, in checkpoints/ of $TORCH_HOME/hub, else $XDG_CACHE_HOME/torch/hub, else ~/.cache/torch/hub. A file
+missing from the cache is downloaded atomically, and its hash is checked.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ URLS = {
 
 
 class Weights(NamedTuple):
-    """The tensors of a file, and what to tell of it; `published`: the hash is the one its name promises."""
+    """The tensors of a file, its path and its sha256; published: the hash matches the published file name."""
 
     state: dict[str, Tensor]
     path: str
@@ -35,35 +35,36 @@ class Weights(NamedTuple):
 
 
 def load(name: str, file: str | None = None) -> Weights:
-    """The weights called `name` in URLS with their hash; ValueError, one line with the path, if it fails."""
+    """Loads the weights `name` of URLS and their hash; ValueError, one line with the path, if that fails."""
     path = find(URLS[name], file)
     try:
         state, digest = read(URLS[name], file), sha256(path)
-    except Exception as error:      # a wrong file makes torch raise nearly every type
+    except Exception as error:      # torch raises almost any type on a wrong file
         raise ValueError(f"cannot load {path} ({one_line(error)})") from error
     return Weights(state, str(path), digest, digest.startswith(hash_prefix(URLS[name])))
 
 
 def find(url: str, file: str | None = None) -> Path:
-    """Where weights published at `url` are looked for."""
+    """Local path of the weights published at `url`."""
     return Path(file or Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1])
 
 
 def read(url: str, file: str | None = None, timeout: float = 30.0) -> dict[str, Tensor]:
-    """Tensors of `file`, else of the cache, fetched there if it lacks them; raises whatever goes wrong.
+    """Reads the tensors of `file`, else of the cached file, which is downloaded if missing.
 
-    torchvision's classifiers come without their last layers and "features." (keys "0.weight", ...).
+    Errors are not caught. torchvision's classifiers lose their last layers and the prefix "features." (keys
+    "0.weight", ...).
     """
     path = find(url, file)
     if not file and not path.exists():
         download(url, path, timeout)
     state = torch.load(path, map_location="cpu", weights_only=True)
     kept = [key for key in state if not key.startswith("classifier.")]
-    return {key.removeprefix("features."): state[key].clone() for key in kept}    # not views of the whole
+    return {key.removeprefix("features."): state[key].clone() for key in kept}    # copies, not views
 
 
 def download(url: str, path: Path, timeout: float) -> None:
-    """Fetch url to path, atomically and with its hash checked; torch hub itself would wait for ever."""
+    """Downloads url to path atomically and checks the hash; torch hub itself has no timeout."""
     path.parent.mkdir(parents=True, exist_ok=True)
     previous = socket.getdefaulttimeout()
     socket.setdefaulttimeout(timeout)
@@ -74,7 +75,7 @@ def download(url: str, path: Path, timeout: float) -> None:
 
 
 def hash_prefix(url: str) -> str:
-    """The first digits of the sha256, with which every one of these file names ends."""
+    """The first digits of the sha256, found at the end of each of these file names."""
     return Path(url).stem.rsplit("-", 1)[1]
 
 
@@ -90,9 +91,9 @@ def one_line(error: Exception) -> str:
 def load_vgg(vgg_file: str | None = None, timeout: float = 30.0) -> dict[str, Tensor]:
     """VGG16's convolution weights, keys "0.weight" to "28.bias".
 
-    From vgg_file (torchvision's vgg16 file, or a features-only one of 59 MB), else from the torch hub
-    cache, else downloaded there. Raises ValueError, in one line that says where it looked and what to do,
-    if none works.
+    They are read from vgg_file (torchvision's vgg16 file, or a features-only one of 59 MB), else from torch
+    hub's cache, else downloaded there. If that fails, raises ValueError with one line that gives the path and
+    a remedy.
     """
     need, advice = "LPIPS needs VGG16", "pass --vgg-file FILE, or train without LPIPS: --lpips-weight 0"
     return load_features(vgg16, URLS["vgg"], vgg_file, timeout, need, advice)
@@ -100,13 +101,13 @@ def load_vgg(vgg_file: str | None = None, timeout: float = 30.0) -> dict[str, Te
 
 def load_features(build: Callable[[], nn.Module], url: str, file: str | None, timeout: float,
                   need: str, advice: str) -> dict[str, Tensor]:
-    """The weights of build().features, torchvision's; `file`, cache and errors as of `load_vgg`."""
+    """Loads torchvision's weights of build().features; `file`, cache and errors as in `load_vgg`."""
     path = find(url, file)
     try:
         with torch.device("meta"):
             net = build().features
         net.load_state_dict(read(url, file, timeout), assign=True)
-    except Exception as error:      # a wrong file makes torch raise nearly every type
+    except Exception as error:      # torch raises almost any type on a wrong file
         raise ValueError(
             f"{need} weights and could not load {path} ({one_line(error)}): "
             f"put {path.name} there, {advice}"

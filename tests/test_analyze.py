@@ -18,7 +18,7 @@ def test_table(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, line", [
     ("nowhere.pt --data synthetic", "no checkpoint at nowhere.pt"),
-    ("--data nowhere", "no 'nowhere'"),
+    ("--data nowhere", "'nowhere' not found"),
     ("--data synthetic --count 0", "must be at least 1, got 0"),
 ])
 def test_wrong_input(refused, flags, line):

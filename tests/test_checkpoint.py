@@ -167,10 +167,10 @@ def test_fault_09_first_mismatch_is_named():
     before = copy.deepcopy(net.state_dict())
     less = {name: tensor for name, tensor in good.items() if name != "1.bias"}
     for weights, message in (
-        (good | {"0.bias": torch.ones(4)}, r"x.pt does not fit: 0.bias is \(4,\) there and \(3,\) here$"),
-        (good | {"0.bias": None}, r"0.bias is absent there and \(3,\) here$"),
-        (less, r"1.bias is absent there and \(1,\) here$"),
-        (good | {"2.bias": torch.ones(1)}, r"2.bias is \(1,\) there and absent here$"),
+        (good | {"0.bias": torch.ones(4)}, r"x.pt does not fit: 0.bias is \(4,\) there, but \(3,\) here$"),
+        (good | {"0.bias": None}, r"0.bias is absent there, but \(3,\) here$"),
+        (less, r"1.bias is absent there, but \(1,\) here$"),
+        (good | {"2.bias": torch.ones(1)}, r"2.bias is \(1,\) there, but absent here$"),
     ):
         with pytest.raises(ValueError, match=message):
             checkpoint.load_weights(net, weights, "x.pt")

@@ -166,7 +166,7 @@ def test_report_states_the_protocol(place, capsys):
         assert low <= report[name] <= high
     assert report.keys() >= {"config", "seconds", "device", "batch_size"} and "complete" not in report
     printed = capsys.readouterr().out
-    for words in ("lavinal712", "bilinear", "a sample of the posterior", "cut off", "floats", "EMA weights",
+    for words in ("lavinal712", "bilinear", "posterior sample", "truncated", "floats", "EMA weights",
                   "bf16", "64 px", report["names_sha256"][:16], "* SSIM, uniform 7x7", "img/s"):
         assert words in printed
 
@@ -238,7 +238,7 @@ def test_rfid_of_a_small_network(place, monkeypatch, capsys):
     monkeypatch.setattr(weights, "load", lambda name, file: weights.Weights({}, "here", "0", True))
     monkeypatch.setattr(fid, "Inception", Features)
     report = score(place, "ckpt.pt --data synthetic --limit 20 --res 32 --metrics rfid --jackknife")
-    assert "rFID of 20 images is too high" in capsys.readouterr().out
+    assert "rFID of 20 images is biased upwards" in capsys.readouterr().out
     for name in ("rfid_pytorch", "rfid_clean"):
         low, high = report["intervals"][name]
         assert 0 < low < report[name] < high
@@ -365,32 +365,32 @@ def test_imagenet_val(place, monkeypatch, capsys, flags):
     report = score(place, f"ckpt.pt {flags} --limit 1")
     assert report["n"] == 1 and report["data"] == ("pictures" if "pictures" in flags else "imagenet/val")
     assert report["complete"] is False
-    assert "1 images, ImageNet has 50,000: compare with no published score" in capsys.readouterr().out
+    assert "1 images, not ImageNet's 50,000: not comparable with published scores" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, expected", [
     ("missing.pt --data pictures", "no checkpoint at missing.pt"),
-    ("text.pt --data pictures", "text.pt is damaged or no checkpoint"),
-    ("cut.pt --data pictures", "cut.pt is damaged or no checkpoint"),
-    ("ckpt.pt --data missing", "no 'missing'; give folders"),
-    ("ckpt.pt --data empty", "holds no image"),
-    ("ckpt.pt --data text.pt", "is no folder, .tar, .zip or image"),
+    ("text.pt --data pictures", "text.pt is damaged or not a checkpoint"),
+    ("cut.pt --data pictures", "cut.pt is damaged or not a checkpoint"),
+    ("ckpt.pt --data missing", "'missing' not found; give folders"),
+    ("ckpt.pt --data empty", "contains no images"),
+    ("ckpt.pt --data text.pt", "is not a folder, .tar, .zip or image"),
     ("ckpt.pt --imagenet-val", "no folder datasets/imagenet/val; set IMAGENET"),
     ("ckpt.pt --data pictures --res 100", "--res 100 is not a multiple of 8"),
     ("ckpt.pt --data pictures --device tpu", "no device 'tpu'"),
     ("ckpt.pt --data pictures --res 8", "--res 8 is below 16"),
     ("ckpt.pt --data broken", "broken/0.png"),
-    ("ckpt.pt --data pictures --metrics psnr,fid", "no metric 'fid'; choose from psnr, ssim, lpips"),
+    ("ckpt.pt --data pictures --metrics psnr,fid", "unknown metric 'fid'; choose from psnr, ssim, lpips"),
     ("ckpt.pt --data pictures --res 32,x", "invalid resolutions value: '32,x'"),
     ("--diffusers empty --data pictures --res 64", "in empty: only safetensors files are read"),
-    ("--diffusers text.pt --data pictures --res 64", "text.pt is no safetensors file"),
-    ("--diffusers empty --data pictures", "which --res? only a checkpoint of train.py"),
-    ("--diffusers empty --data pictures --res 64 --raw", "--raw needs a checkpoint of train.py"),
-    ("--open-litevae text.pt --data pictures --res 64", "text.pt is damaged, or needs code"),
+    ("--diffusers text.pt --data pictures --res 64", "text.pt is not a safetensors file"),
+    ("--diffusers empty --data pictures", "give --res; only checkpoints from train.py"),
+    ("--diffusers empty --data pictures --res 64 --raw", "--raw needs a checkpoint from train.py"),
+    ("--open-litevae text.pt --data pictures --res 64", "text.pt is damaged, or would execute code"),
     ("--model nowhere:f --data pictures --res 64", "cannot import nowhere: no such module"),
     ("--model builtins:id --data pictures --res 64", "builtins:id"),
     ("--model os:getcwd --data pictures --res 64 --protocol lavinal712", "--model has none"),
-    ("ckpt.pt --diffusers empty --data pictures", "score what? one of a checkpoint, --diffusers"),
+    ("ckpt.pt --diffusers empty --data pictures", "give one of a checkpoint, --diffusers"),
 ])
 def test_user_errors(place, refused, flags, expected):
     """Each is one line and exit code 2, and neither scores nor a grid are written."""

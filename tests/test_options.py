@@ -67,7 +67,7 @@ def test_vit_is_bound_to_its_size(tmp_path, train_run, refused, capsys):
     call("eval", tmp_path, "run/ckpt.pt --data synthetic --limit 1 --num-workers 0 --metrics psnr")
     capsys.readouterr()
     line = refused("eval", "run/ckpt.pt --data synthetic --limit 1 --res 64")
-    assert "--res 64: the ViT of this model takes 32 alone" in line
+    assert "--res 64: the ViT of this model only takes 32" in line
     line = refused("train", f"{SMALL} --data synthetic --aggregator vit --res 64 --out b --init run/ckpt.pt")
     assert "resolution=32, the flags ask for 64" in line and run.folder.exists()
 

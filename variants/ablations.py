@@ -1,16 +1,16 @@
-"""The paper's ablations: what stands in the place of a part of LiteVAE.
+"""The paper's ablations: alternatives to single parts of LiteVAE.
 
-Each is a field of variants.config.AutoencoderConfig, and they compose:
+Each is a field of variants.config.AutoencoderConfig, and they can be combined:
 
     encoder "dwt", "dwt2"     no learned encoder: the wavelet bands are the code (App. B)
     extractor "nafnet"        NAFNet blocks in the extractors' UNets (App. D.3)
     shared_extractor          one extractor for all levels (App. D.4)
-    aggregator "vit"          a small transformer, bound to one resolution (App. D.5)
-    first_level               the finer levels are left out (App. D.6)
+    aggregator "vit"          a small transformer for one fixed resolution (App. D.5)
+    first_level               leaves out the finer levels (App. D.6)
     downsample "conv"         learned downsampling of the extractors' outputs (App. G's Downsample2D)
     dropout                   in extractors and aggregator (App. G)
 
-The paper gives no layout for D.3 and D.5: both are ours, and marked so. B batch, C channels, h w latent size.
+The paper gives no layout for D.3 and D.5; ours are marked. B batch, C channels, h w latent size.
 """
 
 from functools import partial
@@ -28,14 +28,14 @@ from wavelets import dwt2, wavedec2
 
 
 class WaveletEncoder(nn.Module):
-    """The wavelet bands as the code, without a parameter. x (B, C, H, W) -> moments (B, 2Z, h, w).
+    """Wavelet bands as the code, without parameters. x (B, C, H, W) -> moments (B, 2Z, h, w).
 
-    details=False: the four bands of the last level L, Z = 4C (12 for RGB). details=True: before those of L,
-    the three detail bands of level L - 1 join them by space-to-depth, Z = 16C (48). Bands are divided by
-    2^level, as LiteVAE's extractors see them, so Haar codes of images in [-1, 1] stay there.
+    details=False: the four bands of the last level L, Z = 4C (12 for RGB). details=True: also the three
+    detail bands of level L - 1 by space-to-depth, Z = 16C (48 for RGB). Bands are divided by 2^level, like
+    the inputs of LiteVAE's extractors, so Haar codes of images in [-1, 1] stay in [-1, 1].
 
-    The code is certain: the log-variance is the least that Posterior knows, sigma = e^-15 = 3e-7, so that a
-    sample is the mean for every purpose. Its KL is a number without gradient; train with --kl-weight 0.
+    The code is deterministic: the log-variance is the lowest that Posterior allows (sigma = e^-15 = 3e-7), so
+    a sample equals the mean for all purposes. The KL has no gradient; train with --kl-weight 0.
     """
 
     LOGVAR = -30.0
@@ -65,14 +65,14 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 class NAFBlock(nn.Module):
-    """NAFNet's block (Chen et al. 2022) where a UNet of App. G has a ResBlock. (B, C, h, w) -> (B, C', h, w).
+    """NAFNet's block (Chen et al. 2022) in place of App. G's ResBlock. (B, C, h, w) -> (B, C', h, w).
 
-    Two residual branches without an activation: norm, 1x1 to 2C, depthwise 3x3, gate, channel attention, 1x1;
-    and norm, 1x1 to 2C, gate, 1x1. A gate multiplies one half of the channels by the other; the attention
-    multiplies each channel by a linear function of all channels' means. Both branches start at 0.
+    Two residual branches without activations: (norm, 1x1 to 2C, depthwise 3x3, gate, channel attention, 1x1)
+    and (norm, 1x1 to 2C, gate, 1x1). The gate multiplies one half of the channels by the other. The attention
+    multiplies each channel by a linear function of all channel means. Both branches start at 0.
 
-    differs from the paper: it gives no layout. Ours keeps LiteVAE's UNet (widths, concatenated skips, no
-    resampling) and exchanges the blocks; a 1x1 convolution comes first where widths differ.
+    differs from the paper: the paper gives no layout. Ours keeps LiteVAE's UNet (widths, concatenated skips,
+    no resampling) and replaces its blocks; a 1x1 convolution comes first where widths differ.
     """
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
@@ -108,10 +108,10 @@ def gate(x: Tensor) -> Tensor:
 
 
 class LearnedPool(nn.Conv2d):
-    """`factor` x `factor` convolution of that stride; starts as the average pooling it replaces.
+    """`factor` x `factor` convolution with stride `factor`; starts as the average pooling that it replaces.
 
-    The paper does not say what its Downsample2D is. Of the learned kinds that fit the 41.425 M of Table 3
-    this one reads every pixel.
+    The paper does not define its Downsample2D. Among the learned layers that give the 41.425 M parameters of
+    Table 3, this one reads every pixel.
     """
 
     def __init__(self, channels: int, factor: int) -> None:
@@ -127,13 +127,13 @@ class LearnedPool(nn.Conv2d):
 
 
 class ViTAggregator(nn.Module):
-    """A transformer over the h x w positions of the concatenated features. (B, C, h, w) -> (B, C', h, w).
+    """Transformer over the h x w positions of the concatenated features. (B, C, h, w) -> (B, C', h, w).
 
-    1x1 convolution to 4 * channels, learned position embedding, four pre-norm blocks of four heads, a bare
-    3x3 head as the UNet's. The embedding binds it to h = w = side; Autoencoder.encode refuses all else.
+    1x1 convolution to 4 * channels, learned position embedding, four pre-norm blocks with four heads, and a
+    plain 3x3 head like the UNet's. The embedding fixes h = w = side; Autoencoder.encode rejects other sizes.
 
-    differs from the paper: it gives 0.84 M against the UNet's 1.69 M, and no layout. Ours has 839,816 for
-    scale B at n_z 4 and 128 x 128 images (side 16).
+    differs from the paper: the paper gives 0.84 M parameters (1.69 M for the UNet) but no layout. Ours has
+    839,816 for scale B at n_z 4 and 128 x 128 images (side 16).
     """
 
     DEPTH = 4
@@ -145,7 +145,7 @@ class ViTAggregator(nn.Module):
         self.position = nn.Parameter(torch.empty(side * side, width))
         self.blocks = nn.Sequential(*(ViTBlock(width, dropout) for _ in range(self.DEPTH)))
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
-        nn.init.trunc_normal_(self.position, std=0.02)                   # ViT's
+        nn.init.trunc_normal_(self.position, std=0.02)                   # as in ViT
 
     def forward(self, x: Tensor) -> Tensor:
         B, _, h, w = x.shape
@@ -182,11 +182,11 @@ class ViTBlock(nn.Module):
 
 
 # ----------------------------------------------------------------------------
-# the encoder with its exchanged parts
+# the encoder with replaced parts
 
 
 class AblatedEncoder(nn.Module):
-    """model.LiteVAEEncoder with the parts that the configuration names. (B, C, H, W) -> (B, 2Z, h, w)."""
+    """model.LiteVAEEncoder with parts replaced as configured. (B, C, H, W) -> (B, 2Z, h, w)."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ class AblatedEncoder(nn.Module):
             low = bands[:, : x.shape[1]]
             if level in self.levels:
                 index = level - self.levels.start
-                extractor = self.extractors[index % len(self.extractors)]        # one of one if shared
+                extractor = self.extractors[index % len(self.extractors)]        # always 0 if shared
                 features.append(self.pools[index](extractor((bands / 2**level).to(x.dtype))))
         return self.aggregator(torch.cat(features, dim=1))               # (B, 2Z, h, w)
 

@@ -1,4 +1,4 @@
-"""The adaptive adversarial weight of taming and LDM, which LiteVAE drops for a constant (Table 8, Fig. 7)."""
+"""The adaptive adversarial weight of taming and LDM; LiteVAE replaces it by a constant (Table 8, Fig. 7)."""
 
 import torch
 from torch import Tensor, nn
@@ -7,9 +7,9 @@ from torch import Tensor, nn
 def last_layer_gradient(loss: Tensor, recon: Tensor, features: Tensor, decoder: nn.Module) -> Tensor:
     """Gradient of `loss` with respect to the weight of decoder.conv_out.
 
-    It goes back from the loss to recon, then through a rerun of the last layer alone on the stored
-    features: the model is not run backward, so this costs little, works under torch.compile and fires no
-    DDP hook.
+    Backpropagates from the loss to recon, then through a second run of only the last layer on the stored
+    features. There is no backward pass through the rest of the model, so this is cheap, works under
+    torch.compile and fires no DDP hooks.
     """
     (grad_recon,) = torch.autograd.grad(loss, recon, retain_graph=True)
     output = decoder.head(features.detach())
@@ -17,5 +17,5 @@ def last_layer_gradient(loss: Tensor, recon: Tensor, features: Tensor, decoder: 
 
 
 def adaptive_weight(grad_rec: Tensor, grad_adv: Tensor) -> Tensor:
-    """||grad L_rec|| / (||grad L_adv|| + 1e-4), clamped to [0, 1e4]; L_rec with LPIPS, before KL (LDM)."""
+    """||grad L_rec|| / (||grad L_adv|| + 1e-4), clamped to [0, 1e4]; L_rec has LPIPS but no KL (LDM)."""
     return (grad_rec.norm() / (grad_adv.norm() + 1e-4)).clamp(0.0, 1e4)

@@ -1,11 +1,11 @@
-"""Other people's autoencoders as our own model, and any function of images.
+"""Load other people's autoencoders as our own model, or wrap any function of images.
 
     load_diffusers(path)            AutoencoderKL folders and .safetensors files: SD 1.x, SDXL, SD3, FLUX, ...
     load_open_litevae(path)         open-LiteVAE's public checkpoints, in its own architecture
-    load_callable("module:name")    whatever maps images to images
+    load_callable("module:name")    anything that maps images to images
 
-Weight files are parsed and never executed. What does not fit is refused, with the first tensors that differ
-named as the file names them: nothing is guessed, skipped or filled in.
+Weight files are parsed, never executed. A file that does not fit is rejected with the first tensors that
+differ, named as in the file; nothing is guessed, skipped or filled in.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ MAX_HEADER = 100_000_000   # bytes, the format's own limit
 
 
 class Entry(NamedTuple):
-    """One tensor of a safetensors file: dtype as spelt there, shape, first byte and number of bytes."""
+    """One tensor of a safetensors file: dtype as spelt in the file, shape, first byte, number of bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -51,9 +51,9 @@ class Entry(NamedTuple):
 
 
 def read_header(path: str | Path) -> dict[str, Entry]:
-    """The tensors of a safetensors file by name, none of them read yet.
+    """Read the header of a safetensors file: its tensors by name, without their data.
 
-    Raises ValueError in one line if the file is missing, truncated, damaged or of another format.
+    Raises a one-line ValueError if the file is missing, truncated, damaged or in another format.
     """
     path = Path(path)
     if not path.is_file():
@@ -62,20 +62,20 @@ def read_header(path: str | Path) -> dict[str, Entry]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(total - 8, MAX_HEADER):
-            raise ValueError(f"{path} is no safetensors file, or cut short: {length} bytes of header?")
+            raise ValueError(f"{path} is not a safetensors file, or truncated: {length} bytes of header?")
         text = file.read(length)
     try:
         header = json.loads(text.decode())
         header.pop("__metadata__", None)
         entries = {name: to_entry(item, 8 + length) for name, item in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is no safetensors file, or damaged: its header cannot be read") from error
+        raise ValueError(f"{path} is not a safetensors file, or damaged: cannot read its header") from error
     check_layout(entries, 8 + length, total, path)
     return entries
 
 
 def to_entry(item: dict, data: int) -> Entry:
-    """One value of the JSON header; raises one of the types that read_header reports."""
+    """Parse one value of the JSON header; read_header catches what this raises."""
     dtype, shape, (begin, end) = item["dtype"], tuple(item["shape"]), item["data_offsets"]
     size = end - begin
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, size)):
@@ -86,23 +86,23 @@ def to_entry(item: dict, data: int) -> Entry:
 
 
 def check_layout(entries: dict[str, Entry], data: int, total: int, path: Path) -> None:
-    """The tensors fill the file from byte `data` to its end, without gap or overlap."""
+    """Check that the tensors fill the file from byte `data` to its end, without gaps or overlaps."""
     position = data
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].size)):
         if entry.start != position:
-            raise ValueError(f"{path} is damaged: {name} starts at byte {entry.start} and not at {position}")
+            raise ValueError(f"{path} is damaged: {name} starts at byte {entry.start}, expected {position}")
         position += entry.size
     if position != total:
-        raise ValueError(f"{path} is truncated or damaged: {total} bytes, its header asks for {position}")
+        raise ValueError(f"{path} is truncated or damaged: {total} bytes, but its header needs {position}")
 
 
 def read_tensors(path: str | Path, entries: dict[str, Entry]) -> dict[str, Tensor]:
-    """These tensors of the file, in the dtype they are stored in; ValueError on a dtype outside DTYPES."""
+    """Read these tensors in their stored dtype; raises ValueError for a dtype outside DTYPES."""
     tensors = {}
     with open(path, "rb") as file:
         for name, entry in entries.items():
             if entry.dtype not in DTYPES:
-                raise ValueError(f"{path}: {name} has dtype {entry.dtype}; known are {', '.join(DTYPES)}")
+                raise ValueError(f"{path}: {name} has dtype {entry.dtype}, not one of {', '.join(DTYPES)}")
             buffer, dtype = bytearray(entry.size), DTYPES[entry.dtype]
             file.seek(entry.start)
             if file.readinto(buffer) != entry.size:
@@ -113,12 +113,12 @@ def read_tensors(path: str | Path, entries: dict[str, Entry]) -> dict[str, Tenso
 
 
 # ----------------------------------------------------------------------------
-# names of tensors: ours, and those of three generations of files
+# tensor names: ours, and those of three generations of files
 
 DIFFUSERS, OLD_DIFFUSERS, LDM = "diffusers", "old diffusers", "LDM"
 QKV = {DIFFUSERS: ("to_q", "to_k", "to_v"), OLD_DIFFUSERS: ("query", "key", "value"), LDM: ("q", "k", "v")}
 # fmt: off
-NAMES = {  # ours: (diffusers, LDM); mid.1.norm before mid.1, as they are replaced in this order
+NAMES = {  # ours: (diffusers, LDM); replaced in this order, so mid.1.norm comes before mid.1
     "mid.0.":      ("mid_block.resnets.0.",               "mid.block_1."),
     "mid.2.":      ("mid_block.resnets.1.",               "mid.block_2."),
     "mid.1.norm.": ("mid_block.attentions.0.group_norm.", "mid.attn_1.norm."),
@@ -128,19 +128,19 @@ NAMES = {  # ours: (diffusers, LDM); mid.1.norm before mid.1, as they are replac
     ".norm_out.":  (".conv_norm_out.",                    ".norm_out."),
 }
 # fmt: on
-PREFIXES = ("first_stage_model.", "vae.")   # of the autoencoder in a file that holds a whole pipeline
-EXTRAS = ("loss.", "model_ema.")            # what LDM's training leaves beside the weights
+PREFIXES = ("first_stage_model.", "vae.")   # of the autoencoder in the file of a whole pipeline
+EXTRAS = ("loss.", "model_ema.")            # what LDM's training saves besides the weights
 
 
 def find_names(names: Iterable[str]) -> str:
-    """Which generation of names a file has."""
+    """The generation of tensor names in a file."""
     if any(re.search(r"\.(block\.\d|attn_1|block_1)\.", name) for name in names):
         return LDM
     return OLD_DIFFUSERS if any(".attentions.0.query." in name for name in names) else DIFFUSERS
 
 
 def their_keys(name: str, names: str, levels: int) -> list[str]:
-    """The tensors of a file that make our parameter `name`: one, or three for the attention's qkv."""
+    """The names of a file's tensors that form our parameter `name`: one, or three for attention's qkv."""
 
     def place(match: re.Match) -> str:
         part, blocks = match[1], 2 if match[1] == "down" else 3       # ResBlocks per resolution
@@ -159,18 +159,18 @@ def their_keys(name: str, names: str, levels: int) -> list[str]:
 
 
 def squeeze(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Without trailing ones: a linear layer and a 1x1 convolution are the same thing here."""
+    """Drop trailing ones, since a linear layer and a 1x1 convolution are equivalent here."""
     while shape and shape[-1] == 1:
         shape = shape[:-1]
     return shape
 
 
 def check_fit(path: Path, what: str, wanted: dict[str, tuple], found: dict[str, tuple]) -> None:
-    """ValueError with the first tensors that differ unless a file has just the wanted names and shapes."""
+    """Raise ValueError with the first tensors that differ unless names and shapes match exactly."""
     wrong = [f"{key} is missing" for key in wanted if key not in found]
-    wrong += [f"{key} is {tuple(found[key])} and not {shape}" for key, shape in wanted.items()
+    wrong += [f"{key} is {tuple(found[key])}, expected {shape}" for key, shape in wanted.items()
               if key in found and squeeze(tuple(found[key])) != squeeze(shape)]
-    wrong += [f"{key} has no place" for key in found if key not in wanted]
+    wrong += [f"{key} is unexpected" for key in found if key not in wanted]
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"{path} is not {what}: {'; '.join(wrong[:3])}{more}")
@@ -187,23 +187,23 @@ def fill(
     read: Callable[[], dict[str, Tensor]],
     path: Path,
 ) -> Autoencoder:
-    """Our model with the weights of a file, fp32, in eval mode; ValueError unless the file fits it exactly.
+    """Build our model with the weights of a file, in fp32 and eval mode; ValueError unless it fits exactly.
 
-    rename: our parameter name -> the tensors of the file that make it, one above the other. found: their
-    shapes. read: gives them, and is called only once they fit.
+    rename: our parameter name -> the names of the file's tensors whose rows form it. found: the shapes of the
+    tensors in the file. read: returns the tensors; called only after the shapes have been checked.
     """
     with torch.device("meta"):
         model = build(config)
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     sources, wanted, weights = {name: rename(name) for name in own}, {}, {}
     for name, keys in sources.items():
-        rows, *rest = own[name] or (1,)                   # a scalar of ours may be a vector of one there
+        rows, *rest = own[name] or (1,)                   # our scalar may be a vector of length 1 there
         wanted |= dict.fromkeys(keys, (rows // len(keys), *rest))
-    check_fit(path, "such an autoencoder", wanted, found)
+    check_fit(path, "an autoencoder of this architecture", wanted, found)
     tensors = read()
     for key, tensor in tensors.items():
         if not tensor.is_floating_point():
-            raise ValueError(f"{path}: {key} has dtype {tensor.dtype}: quantised weights are not read")
+            raise ValueError(f"{path}: {key} has dtype {tensor.dtype}: quantised weights are not supported")
     for name, keys in sources.items():
         parts = [tensors[key].float().reshape(wanted[key]) for key in keys]
         weights[name] = torch.cat(parts).reshape(own[name])
@@ -212,7 +212,7 @@ def fill(
 
 
 def describe(path: Path, names: str, dtypes: Iterable[str], config: dict | None) -> dict:
-    """Where weights came from, in plain types."""
+    """The origin of the weights, in plain types."""
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     dtypes = sorted(set(dtypes))
@@ -226,19 +226,20 @@ WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.
 
 
 def load_diffusers(path: str | Path) -> tuple[Autoencoder, dict]:
-    """An AutoencoderKL of diffusers or LDM as our own Autoencoder, fp32, eval mode, and where it came from.
+    """Load an AutoencoderKL of diffusers or LDM as our own Autoencoder (fp32, eval mode), and its origin.
 
-    path: a diffusers folder (config.json beside the weights; a pipeline's `vae` subfolder is entered; full
-    precision is preferred to .fp16), or one .safetensors file, of the autoencoder alone or of a whole
-    pipeline (first_stage_model.*, vae.*). The architecture is read off the shapes, and config.json must agree
-    with it: three to five resolutions of LDM's widths, two ResBlocks each, attention in the middle, any width
-    and number of latent channels, both quant convs or none. Half precision is widened, which is exact.
+    path: a diffusers folder with config.json next to the weights (or a pipeline with such a `vae` subfolder;
+    full precision is preferred to .fp16), or one .safetensors file of an autoencoder or of a whole pipeline
+    (first_stage_model.*, vae.*). The architecture is inferred from the shapes, and config.json must agree
+    with it. Supported are three to five resolutions with LDM's widths, two ResBlocks each, attention in the
+    middle, any width and number of latent channels, and both quant convs or none. Half precision is widened
+    exactly.
 
-    scale_factor and shift_factor are those of config.json; a bare file has none, and they are 1 and 0:
-    reconstructions do not depend on them. The second value is a dict of plain types: path (of the weights),
-    sha256, names (which generation), dtypes (as stored) and config (config.json, None for a bare file).
+    scale_factor and shift_factor come from config.json. For a bare file they are 1 and 0; reconstructions do
+    not depend on them. The second value is a dict of plain types: path (of the weights), sha256, names (their
+    generation), dtypes (as stored) and config (config.json, None for a bare file).
 
-    Raises ValueError in one line if something is missing, damaged or of another architecture.
+    Raises a one-line ValueError if something is missing, damaged or of another architecture.
     """
     path, declared = find_files(Path(path))
     entries = autoencoder_entries(read_header(path))
@@ -257,7 +258,7 @@ def load_diffusers(path: str | Path) -> tuple[Autoencoder, dict]:
 
 
 def find_files(path: Path) -> tuple[Path, dict | None]:
-    """The weights that a path stands for, and the config.json beside them if the path is a folder."""
+    """The weight file for a path, and the content of config.json if the path is a folder."""
     if not path.is_dir():
         return path, None
     folder = path / "vae" if (path / "vae").is_dir() else path
@@ -266,18 +267,18 @@ def find_files(path: Path) -> tuple[Path, dict | None]:
         raise ValueError(f"no {' or '.join(WEIGHT_FILES)} in {folder}: only safetensors files are read")
     config = folder / "config.json"
     if not config.is_file():
-        raise ValueError(f"no config.json in {folder}: give {weights} itself to do without it")
+        raise ValueError(f"no config.json in {folder}: give {weights} itself to load without it")
     try:
         declared = json.loads(config.read_text())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{config} is no JSON: {error}") from error
+        raise ValueError(f"{config} is not valid JSON: {error}") from error
     if not isinstance(declared, dict):
         raise ValueError(f"{config} is not a JSON object")
     return weights, declared
 
 
 def autoencoder_entries(entries: dict[str, Entry]) -> dict[str, Entry]:
-    """The autoencoder's tensors, by name without prefix; the rest of a pipeline and LDM's extras left out."""
+    """The autoencoder's tensors by name without prefix, without the rest of a pipeline and LDM's extras."""
     for prefix in PREFIXES:
         inside = {key.removeprefix(prefix): entry for key, entry in entries.items() if key.startswith(prefix)}
         entries = inside or entries
@@ -285,19 +286,19 @@ def autoencoder_entries(entries: dict[str, Entry]) -> dict[str, Entry]:
 
 
 def infer_config(shapes: dict[str, tuple[int, ...]], path: Path) -> AutoencoderConfig:
-    """The configuration that an AutoencoderKL's shapes imply; ValueError if they are no such thing's."""
+    """Infer the configuration of an AutoencoderKL from its shapes; ValueError for any other network."""
     keys = ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight")
     for key in keys:
         if len(shapes.get(key, ())) != 4:
             found = ", ".join(list(shapes)[:3]) or "nothing"
-            raise ValueError(f"{path} holds no AutoencoderKL: no convolution {key}; it begins with {found}")
+            raise ValueError(f"{path} is not an AutoencoderKL: no convolution {key}; it begins with {found}")
     (width, channels), (_, latents), (_, decoder_width) = (shapes[key][:2] for key in keys)
     downs = {m[1] for m in (re.match(r"encoder\.down(?:_blocks)?\.(\d+)\.", key) for key in shapes) if m}
     levels = len(downs) - 1
     if levels not in PYRAMID_MULT or width % 32 or not width or decoder_width != width:
         raise ValueError(
             f"{path} has widths {width} and {decoder_width} and {len(downs)} resolutions: "
-            "this architecture has one width, a multiple of 32, and 3, 4 or 5 resolutions"
+            "this architecture needs equal widths, a multiple of 32, and 3, 4 or 5 resolutions"
         )
     return AutoencoderConfig(
         encoder="sd",
@@ -313,7 +314,7 @@ def infer_config(shapes: dict[str, tuple[int, ...]], path: Path) -> AutoencoderC
 
 
 def check_declared(declared: dict, config: AutoencoderConfig, path: Path) -> AutoencoderConfig:
-    """The configuration with config.json's scale and shift; ValueError where the two disagree."""
+    """Add config.json's scale and shift to the configuration; ValueError if the two disagree."""
     expected = {
         "_class_name": "AutoencoderKL",
         "in_channels": config.in_channels,
@@ -327,7 +328,7 @@ def check_declared(declared: dict, config: AutoencoderConfig, path: Path) -> Aut
     for key, value in expected.items():
         if declared.get(key, value) != value:
             raise ValueError(f"{path}: {key} is {declared[key]!r}, weights and architecture say {value!r}")
-    scale = declared.get("scaling_factor", 0.18215)      # diffusers' default: the oldest files have no key
+    scale = declared.get("scaling_factor", 0.18215)      # diffusers' default; the oldest files lack the key
     shift = declared.get("shift_factor") or 0.0
     if not all(isinstance(value, int | float) for value in (scale, shift)):
         raise ValueError(f"{path}: scaling_factor and shift_factor must be numbers, got {scale!r}, {shift!r}")
@@ -339,14 +340,14 @@ def check_declared(declared: dict, config: AutoencoderConfig, path: Path) -> Aut
 
 
 def load_open_litevae(path: str | Path) -> tuple[Autoencoder, dict]:
-    """A checkpoint of open-LiteVAE as our Autoencoder, fp32, in eval mode, and where it came from.
+    """Load a checkpoint of open-LiteVAE as our Autoencoder (fp32, eval mode), and its origin.
 
-    path: a file of torch.save, Lightning's (weights under "state_dict") or the bare dict of tensors; loss.*
-    and *_ema.* keys may stand beside the weights and are left out. Scale S, B, M or L, any number of latent
-    channels and any width of the decoder; the tensors' shapes say which. The second value is that of
-    load_diffusers, with names "open-LiteVAE" and config None.
+    path: a torch.save file, either Lightning's (weights under "state_dict") or a bare dict of tensors; loss.*
+    and *_ema.* keys are ignored. The scale (S, B, M or L), the number of latent channels (any) and the
+    decoder width (any) are inferred from the shapes. The second value is as in load_diffusers, with names
+    "open-LiteVAE" and config None.
 
-    Raises ValueError in one line if the file is missing, damaged, needs code to be read, or does not fit.
+    Raises a one-line ValueError if the file is missing or damaged, needs code execution, or does not fit.
     """
     path = Path(path)
     tensors = {key: tensor for key, tensor in read_pickle(path).items() if not beside(key)}
@@ -358,14 +359,14 @@ def load_open_litevae(path: str | Path) -> tuple[Autoencoder, dict]:
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors that torch.save wrote, by name, with nothing executed."""
+    """Read the tensors of a torch.save file by name, without executing code."""
     if not path.is_file():
         raise ValueError(f"no file {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:      # on damaged bytes the unpickler raises nearly every type
+    except Exception as error:      # damaged bytes make the unpickler raise almost any exception
         reason = str(error).split("\n")[0].split(". ")[0][:120]
-        raise ValueError(f"{path} is damaged, or needs code that is not run here ({reason})") from error
+        raise ValueError(f"{path} is damaged, or would execute code, which is refused ({reason})") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no weights: neither a dict of tensors nor one under 'state_dict'")
@@ -373,31 +374,31 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def beside(key: str) -> bool:
-    """Whether a tensor is not the model's own: the losses' networks and the moving averages."""
+    """Whether a tensor is not part of the model itself: networks of the losses and moving averages."""
     part = key.split(".")[0]
     return part == "loss" or part.endswith("_ema")
 
 
 def open_litevae_keys(name: str) -> list[str]:
-    """The names are ours but for the 1x1 convolutions beside a ResBlock."""
+    """The same names as ours, except for the 1x1 convolutions beside a ResBlock."""
     return [name.replace(".skip.", ".residual_conv." if name.startswith("encoder.") else ".nin_shortcut.")]
 
 
 def open_litevae_config(shapes: dict[str, tuple[int, ...]], path: Path) -> AutoencoderConfig:
-    """The preset with these widths of extractors and aggregator, and the latents and decoder of the file."""
+    """The preset with the file's extractor and aggregator widths, and its latent and decoder widths."""
     names = ("extractors.0.init_conv", "aggregator.init_conv", "aggregator.conv_out")
     keys = [*(f"encoder.{name}.weight" for name in names), "decoder.conv_out.weight"]
     for key in keys:
         if len(shapes.get(key, ())) != 4:
             found = ", ".join(list(shapes)[:3]) or "nothing"
-            raise ValueError(f"{path} holds no open-LiteVAE: no convolution {key}; it begins with {found}")
+            raise ValueError(f"{path} is not open-LiteVAE's: no convolution {key}; it begins with {found}")
     extractor, aggregator, moments = (shapes[key][0] for key in keys[:3])
     for config in (PRESETS[f"open-litevae-{scale}"] for scale in "sbml"):
         if (config.extractor_channels, config.aggregator_channels) == (extractor, aggregator):
             decoder = shapes[keys[3]][1]
             return replace(config, latent_channels=moments // 2, decoder_channels=decoder)
     widths = f"{extractor} and {aggregator}"
-    raise ValueError(f"{path} has extractors and aggregator of widths {widths}: not those of S, B, M or L")
+    raise ValueError(f"{path} has extractor and aggregator widths {widths}, unlike S, B, M and L")
 
 
 # ----------------------------------------------------------------------------
@@ -405,11 +406,11 @@ def open_litevae_config(shapes: dict[str, tuple[int, ...]], path: Path) -> Autoe
 
 
 class Reconstructor(nn.Module):
-    """A function of images in the shape that metrics.evaluate takes: x -> (recon, None).
+    """Wrap a function of images for metrics.evaluate: x -> (recon, None).
 
     x: (B, 3, H, W) float in [-1, 1] -> recon of the same shape, floats on the same scale. Raises ValueError
-    on any other return value. The function sees x on the device and in the dtype that the caller chose; it
-    is not asked for a latent. If it is an nn.Module, eval() and to() reach it.
+    for any other return value. The function receives x on the caller's device and in the caller's dtype, and
+    provides no latent. If it is an nn.Module, eval() and to() apply to it.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor], name: str) -> None:
@@ -429,18 +430,18 @@ class Reconstructor(nn.Module):
 
 
 def load_callable(spec: str) -> Reconstructor:
-    """The user's `module:name`, imported from the current directory, for metrics.evaluate, in eval mode.
+    """Import the user's `module:name` from the current directory for metrics.evaluate, in eval mode.
 
-    name: anything callable, a function or an nn.Module instance, that maps (B, 3, H, W) in [-1, 1] to the
-    same. This runs the user's code, and the current directory stays on sys.path. Raises ValueError in one
-    line if there is no such module or name, if the module does not import, and if the name is not callable;
-    wrong outputs raise when the result is called.
+    name: any callable, a function or an nn.Module instance, that maps (B, 3, H, W) in [-1, 1] to the same.
+    This runs the user's code, and the current directory stays on sys.path. Raises a one-line ValueError if
+    the module or the name does not exist, if the import fails, or if the name is not callable. Wrong outputs
+    raise when the result is called.
     """
     module_name, _, name = spec.partition(":")
     if not re.fullmatch(r"\w+(\.\w+)*", module_name) or not name.isidentifier():
         raise ValueError(f"expected module:callable, for example mymodel:reconstruct, got {spec!r}")
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # python script.py searches the script's folder instead
+        sys.path.insert(0, os.getcwd())  # by default, Python searches the script's folder
     try:
         module = importlib.import_module(module_name)
     except Exception as error:           # the user's file may raise anything
@@ -452,5 +453,5 @@ def load_callable(spec: str) -> Reconstructor:
         raise ValueError(f"{module_name} ({getattr(module, '__file__', 'built in')}) has no {name}")
     function = getattr(module, name)
     if not callable(function):
-        raise ValueError(f"{spec} is not callable but of type {type(function).__name__}")
+        raise ValueError(f"{spec} is not callable, but of type {type(function).__name__}")
     return Reconstructor(function, spec).eval()

@@ -1,19 +1,19 @@
 """A multi-level discriminator with self-attention, after GigaGAN (Kang et al. 2023, arXiv 2303.05511).
 
-Six levels halve the image and judge every one of their maps; the image also enters at each level on its
-own, shrunk, so that every scale is judged at every coarser one. 14,772,238 parameters at width 32.
-open-LiteVAE's, whose widths and depths these are, has 15,046,446 with the heads of all levels, and
-14,388,452 with its last one alone: the 14.38 M of its README.
+Each of six levels halves the map and scores it. The image itself also enters at each level, downscaled, so
+every scale is scored at its own level and at all coarser ones. 14,772,238 parameters at width 32.
+open-LiteVAE's network, with the same widths and depths, has 15,046,446 with the heads of all levels, and
+14,388,452 with only the last head: the 14.38 M of its README.
 
 What differs from open-LiteVAE's:
-- 4x4 convolutions pad by 1, so that maps halve exactly (theirs: 129, 65, 33, ... at 256 pixels);
-- the images form a pyramid, as in GigaGAN; theirs can take an image at any level, but one per call;
-- one head per level, a mean each; theirs flattens all logits together, 74% of them from the first map;
+- 4x4 convolutions pad by 1, so maps halve exactly (theirs: 129, 65, 33, ... at 256 pixels);
+- the images form a pyramid, as in GigaGAN; theirs accepts an image at any level, but only one per call;
+- one head per level, with a mean each; theirs flattens all logits together, 74% of them from the first map;
 - the spectral norm is the largest singular value; their heads divide by the Frobenius norm;
-- no batch norm, which ties images together and cannot take a batch of 1 in the last head; leaky ReLU with
-  gain sqrt 2 keeps the scale instead. The heads are called what theirs compute, plain 1x1 convolutions;
-- residual blocks of attention start as the identity, theirs halve their input.
-What differs from GigaGAN: no text, hence no filter banks and no modulation.
+- no batch norm, which couples images and fails for a batch of 1 in the last head; leaky ReLU with gain
+  sqrt 2 keeps the scale instead. The heads are written as what theirs compute, plain 1x1 convolutions;
+- residual blocks of attention start as the identity; theirs halve their input.
+What differs from GigaGAN: no text conditioning, hence no filter banks and no modulation.
 """
 
 import torch
@@ -24,14 +24,14 @@ from discriminators import SpectralConv2d
 from variants.stylegan import leaky_relu
 from wavelets import full_precision
 
-HEADS = 4            # of attention
+HEADS = 4            # attention heads
 
 
 def l2_attention(q: Tensor, v: Tensor) -> Tensor:
-    """Self-attention by distance with keys tied to queries, (..., tokens, d) twice -> (..., tokens, d).
+    """L2 self-attention with keys tied to queries; q and v (..., tokens, d) -> (..., tokens, d).
 
-    Logits -||q_i - q_j||^2 / sqrt(d) (Kim et al. 2021: unlike the dot product's, its slope is bounded); fp32.
-    Plain operations, because the regulariser R1 differentiates twice and fused attention does not.
+    Logits -||q_i - q_j||^2 / sqrt(d), in fp32 (Kim et al. 2021: its slope is bounded, that of dot-product
+    attention is not). Uses plain operations, since R1 needs second derivatives and fused attention has none.
     """
     with torch.autocast(q.device.type, enabled=False):
         q, v = full_precision(q), full_precision(v)
@@ -41,12 +41,12 @@ def l2_attention(q: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """x + projected l2_attention of its pixels, four heads: (B, C, H, W); starts as the identity."""
+    """x + projected l2_attention over its pixels, four heads: (B, C, H, W); starts as the identity."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(32, channels)
-        self.query = nn.Conv2d(channels, channels, 1, bias=False)          # distances ignore a shift
+        self.query = nn.Conv2d(channels, channels, 1, bias=False)          # distances ignore a bias
         self.value = nn.Conv2d(channels, channels, 1)
         self.out = zero_init(nn.Conv2d(channels, channels, 1))
 
@@ -85,7 +85,7 @@ class Activation(nn.Module):
 
 
 def build_level(in_channels: int, out_channels: int, attention: bool) -> nn.Sequential:
-    """Three convolutions, then perhaps a transformer of depth 2: (B, C, H, W) -> (B, C', H/2, W/2)."""
+    """Three convolutions, then optionally a transformer of depth 2: (B, C, H, W) -> (B, C', H/2, W/2)."""
     layers = [SpectralConv2d(in_channels, out_channels, 4, stride=2), Activation()]
     for _ in range(2):
         layers += [SpectralConv2d(out_channels, out_channels, 3), Activation()]
@@ -95,7 +95,7 @@ def build_level(in_channels: int, out_channels: int, attention: bool) -> nn.Sequ
 
 
 class Head(nn.Module):
-    """A logit per pixel, by four 1x1 convolutions beside a linear one: (B, C, H, W) -> (B, 1, H, W)."""
+    """One logit per pixel, from four 1x1 convolutions plus a linear skip: (B, C, H, W) -> (B, 1, H, W)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -110,17 +110,17 @@ class Head(nn.Module):
 
 
 class GigaGANDiscriminator(nn.Module):
-    """Seven heads: (B, C, H, W) -> (B, n, H/2, W/2), n = 1, then 2 at H/4, ... 6 at H/64, and (B, 6, 1, 1).
+    """Seven heads: (B, C, H, W) -> (B, 1, H/2, W/2), (B, 2, H/4, W/4), ..., (B, 6, H/64, W/64), (B, 6, 1, 1).
 
-    Channel i of each is the judgement on the image shrunk by 2^i, which entered at level i. H and W are
-    multiples of 64. No layer looks at more than one image.
+    Channel i of each head scores the image downscaled by 2^i, which enters at level i. H and W are multiples
+    of 64. No layer mixes images.
     """
 
     stride = 64
     min_size = 64
     heads = 7
     WIDTHS = (1, 2, 4, 8, 8, 8)                                        # after each halving, times `width`
-    ATTENTION = (False, False, False, True, True, False)               # at H/16 and H/32: 16 and 8 of 256
+    ATTENTION = (False, False, False, True, True, False)               # at H/16 and H/32: 16 and 8 for 256
 
     def __init__(self, in_channels: int = 3, width: int = 32) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class GigaGANDiscriminator(nn.Module):
         self.from_rgb = nn.ModuleList(SpectralConv2d(in_channels, a, 3) for a in before)
         self.levels = nn.ModuleList(map(build_level, before, widths, self.ATTENTION))
         self.level_heads = nn.ModuleList(map(Head, widths))
-        # of a 4x4 map of C channels it makes 2x2 pixels, which the last head reads as one of 4 C channels
+        # maps 4x4 pixels of C channels to 2x2, which the last head reads as one pixel of 4 C channels
         self.quarter = SpectralConv2d(widths[-1], widths[-1], 2, stride=2)
         self.image_head = Head(4 * widths[-1])
 
@@ -137,11 +137,11 @@ class GigaGANDiscriminator(nn.Module):
         B, logits, h = len(x), [], None
         for from_rgb, level, head in zip(self.from_rgb, self.levels, self.level_heads, strict=True):
             entering = leaky_relu(from_rgb(x))
-            # the scales share what follows and never mix: they lie beside each other in the batch
+            # all scales share the later layers but never mix: they are stacked along the batch
             h = level(entering if h is None else torch.cat([h, entering]))
             logits.append(head(h))
             x = F.avg_pool2d(x, 2)
-        # at 256 pixels the map is 4x4 already
+        # at 256 pixels the map is already 4x4
         h = leaky_relu(self.quarter(F.adaptive_avg_pool2d(h, 4)))
         logits.append(self.image_head(h.flatten(1)[:, :, None, None]))
         return tuple(head.unflatten(0, (-1, B)).squeeze(2).transpose(0, 1) for head in logits)

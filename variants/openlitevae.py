@@ -1,13 +1,13 @@
-"""open-LiteVAE's encoder and decoder, so that its public checkpoints load here (foreign.load_open_litevae).
+"""open-LiteVAE's encoder and decoder, for loading its public checkpoints (foreign.load_open_litevae).
 
-open-LiteVAE is an independent implementation of LiteVAE that came before the paper's pseudocode. This file is
-written from a description of its layout, tensor names and outputs; its code, under the AGPL, was not read.
-Names of modules are those of its checkpoints. What differs from LiteVAE, model.py:
+open-LiteVAE is an independent implementation of LiteVAE that predates the paper's pseudocode. This file was
+written from a description of its layout, tensor names and outputs; its code is under the AGPL and was not
+read. Modules are named as in its checkpoints. What differs from LiteVAE (model.py):
 
     bands       LL, HL, LH, HH (its V, H, D), not divided by 2^l
-    ResBlock    convolution, norm and SiLU, twice, and then plus skip; 8 groups, eps 1e-5
-    UNet        the 1x1 convolutions that change the width stand outside the ResBlocks; a 1x1 head
-    decoder     that ResBlock self-modulated, 3 of them in the middle, a self-modulated convolution at the end
+    ResBlock    twice convolution, norm and SiLU, then the skip is added; 8 groups, eps 1e-5
+    UNet        1x1 convolutions outside the ResBlocks change the width; a 1x1 head
+    decoder     the same ResBlock, self-modulated; 3 in the middle; a self-modulated convolution near the end
 
 B batch, C channels, H W pixels, Z latent channels, h w = H/f, W/f.
 """
@@ -29,7 +29,7 @@ from wavelets import dwt2
 class PostNormBlock(nn.Module):
     """conv, norm, SiLU, conv, norm, SiLU, plus skip (1x1 where widths differ). (B, C, H, W) -> (B, C', H, W).
 
-    With smc both convolutions are self-modulated and there is no norm.
+    With smc, both convolutions are self-modulated and there is no norm.
     """
 
     def __init__(self, in_channels: int, out_channels: int, smc: bool = False) -> None:
@@ -52,10 +52,10 @@ class PostNormBlock(nn.Module):
 
 
 class OpenUNet(nn.Module):
-    """Its extractor and aggregator: `blocks` ResBlocks per width, at one resolution.
+    """open-LiteVAE's extractor and aggregator: `blocks` ResBlocks per width, all at one resolution.
 
-    Every ResBlock on the way down is kept as a skip and leaves through one on the way up, on concat(x, skip);
-    the middle has the last width to itself. (B, C, h, w) -> (B, C', h, w).
+    The output of each ResBlock on the way down is the skip of one ResBlock on the way up, which receives
+    concat(x, skip). Only the middle uses the last width. (B, C, h, w) -> (B, C', h, w).
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class OpenUNet(nn.Module):
 class OpenLiteVAEEncoder(nn.Module):
     """Haar cascade -> one UNet per level -> pooled to one size -> UNet.
 
-    x: (B, C, H, W) in [-1, 1] -> moments (B, 2Z, h, w). Level l sees bands of up to 2^l.
+    x: (B, C, H, W) in [-1, 1] -> moments (B, 2Z, h, w). The bands of level l have values of up to 2^l.
     """
 
     def __init__(self, config: AutoencoderConfig) -> None:
@@ -117,7 +117,7 @@ class OpenLiteVAEEncoder(nn.Module):
 
 
 class Level(nn.Module):
-    """The ResBlocks of one resolution of the decoder, and what leads to the next finer one."""
+    """The ResBlocks of one decoder resolution, and the upsampling to the next finer one."""
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, upsample: bool) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class Level(nn.Module):
 class OpenLiteVAEDecoder(nn.Module):
     """Self-modulated throughout, no attention, no norm. z (B, Z, h, w) -> (B, C, H, W).
 
-    Levels are numbered from the image: up[0] is the finest and the last to run.
+    Levels are numbered from the image: up[0] is the finest and runs last.
     """
 
     def __init__(self, config: AutoencoderConfig) -> None:

@@ -1,16 +1,16 @@
-"""The vector quantiser of VQ-GAN, in the place of the Gaussian posterior.
+"""VQ-GAN's vector quantiser, which replaces the Gaussian posterior.
 
 Sources: VQ-VAE (van den Oord et al. 2017; Eq. 2-3 and, for the moving-average codebook, App. A.1) and VQ-GAN
-(Esser et al. 2021). Each latent vector is replaced by the nearest of K codebook entries; the gradient of the
-decoder passes straight through to the encoder.
+(Esser et al. 2021). Each latent vector is replaced by the nearest of K codebook entries; the decoder's
+gradient passes straight through to the encoder.
 
-What differs: every term is a mean over latent elements. Entries that no vector chose for REVIVE_AFTER steps
-are replaced by encoder outputs, which both papers leave open; at the start all count as such, so that the
+What differs: every term is a mean over latent elements. Entries that no vector has chosen for REVIVE_AFTER
+steps are replaced by encoder outputs; both papers leave this open. All entries start as unused, so the
 codebook is drawn from the data within the first steps.
 
-What a step sees enters the state as one table of sums (`statistics`). The caller adds the tables of its
-micro-batches and processes and hands the total to `update`: nothing here knows of processes, and one process
-on the joined batch ends in the same state. In a training loop:
+Each step updates the state from one table of sums (`statistics`). The caller adds the tables of all
+micro-batches and processes and passes the total to `update`. The code here is independent of processes: one
+process on the joined batch ends in the same state. In a training loop:
 
     slots = revival_slots(global_batch * h * w, codebook_size, generator).view(global_batch, h, w)
     recon, posterior = model(x)                                        # loss += vq_loss(posterior)
@@ -31,25 +31,25 @@ from wavelets import full_precision
 COMMITMENT = 0.25         # VQ-VAE Eq. 3, VQ-GAN
 EMA_DECAY = 0.99          # VQ-VAE App. A.1
 REVIVE_AFTER = 100        # steps; ours
-DISTANCES = 2**24         # at once, 64 MB in fp32; ours
+DISTANCES = 2**24         # computed at once, 64 MB in fp32; ours
 
 
 class Quantized(NamedTuple):
-    """What stands in for the Gaussian posterior; `mean` is the code and nothing about it is random."""
+    """Replaces the Gaussian posterior; `mean` is the code, and it is deterministic."""
 
-    mean: Tensor          # (B, Z, h, w) codebook entries in value, with the gradient of z
+    mean: Tensor          # (B, Z, h, w) codebook entries, with the gradient of z
     z: Tensor             # (B, Z, h, w) the encoder's output
     entries: Tensor       # (B, Z, h, w) the same entries, with the gradient of the codebook
-    indices: Tensor       # (B, h, w) int64, their numbers
+    indices: Tensor       # (B, h, w) int64, the numbers of the entries
 
     def sample(self, noise: Tensor) -> Tensor:
         return self.mean
 
 
 def vq_loss(posterior: Quantized) -> Tensor:
-    """mean (sg(z) - e)^2 + 0.25 mean (z - sg(e))^2, sg = no gradient, means over latent elements.
+    """mean (sg(z) - e)^2 + 0.25 mean (z - sg(e))^2, sg = stop-gradient, means over latent elements.
 
-    With the moving-average codebook the first term has no gradient: it counts in the log alone.
+    With the moving-average codebook, the first term has no gradient and only shows in the log.
     """
     z, entries = posterior.z, posterior.entries
     codebook = (z.detach() - entries).square().mean()
@@ -57,9 +57,9 @@ def vq_loss(posterior: Quantized) -> Tensor:
 
 
 def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Number of the nearest entry: vectors (N, Z), codebook (K, Z) -> (N,) int64; the first of equals.
+    """Number of the nearest entry: vectors (N, Z), codebook (K, Z) -> (N,) int64; ties go to the first.
 
-    By differences and not by matrix products, which TF32 would round, and at most DISTANCES at a time.
+    Uses differences, not matrix products, which TF32 would round, and at most DISTANCES at a time.
     """
     parts = vectors.split(max(1, DISTANCES // len(codebook)))
     mode = "donot_use_mm_for_euclid_dist"
@@ -67,21 +67,21 @@ def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 
 def revival_slots(vectors: int, size: int, generator: torch.Generator) -> Tensor:
-    """Which entry each vector of the global batch may revive: (vectors,) int64, all different.
+    """The entry that each vector of the global batch may revive: (vectors,) int64, all different.
 
-    Slot k < size makes the vector the candidate of entry k, other slots make it none. With fewer vectors than
-    entries a random choice of entries gets a candidate. Depends on the generator alone, so ranks agree.
+    A vector with slot k < size is the candidate for entry k; with a larger slot it is no candidate. If there
+    are fewer vectors than entries, a random subset of entries gets candidates. The result depends only on the
+    generator, so all ranks agree.
     """
     return torch.randperm(max(vectors, size), generator=generator)[:vectors]
 
 
 class VectorQuantizer(nn.Module):
-    """z (B, Z, h, w) -> Quantized, in fp32 or fp64; learns by gradient or by EMA.
+    """z (B, Z, h, w) -> Quantized, in fp32 or fp64; the codebook learns by gradient or by EMA.
 
-    Nothing here is an operation that autocast would round.
-    The codebook (K, Z) is a parameter either way, so that the average of the weights has it too; with
-    update="ema" it takes no gradient, and its state is N_k and m_k with e_k = m_k / N_k. Forward changes no
-    state. The codebook starts uniform in [-1/K, 1/K], as taming's.
+    No operation here is rounded by autocast. The codebook (K, Z) is a parameter in both cases, so the average
+    of the weights includes it. With update="ema" it has no gradient, and its state is N_k and m_k with
+    e_k = m_k / N_k. forward changes no state. The codebook starts uniform in [-1/K, 1/K], as in taming.
     """
 
     def __init__(self, size: int, channels: int, update: str) -> None:
@@ -100,30 +100,31 @@ class VectorQuantizer(nn.Module):
         vectors = z.detach().movedim(1, -1)                                  # (B, h, w, Z)
         indices = nearest(vectors.flatten(0, 2), codebook.detach()).view(vectors.shape[:3])
         entries = F.embedding(indices, codebook).movedim(-1, 1)              # (B, Z, h, w)
-        # straight through, and yet exactly an entry: the usual z + (e - z) is one only up to rounding
+        # straight-through, and exactly an entry: the usual z + (e - z) equals it only up to rounding
         return Quantized(entries.detach() + (z - z.detach()), z, entries, indices)
 
     @torch.no_grad()
     def statistics(self, posterior: Quantized, slots: Tensor) -> Tensor:
-        """Sums over one micro-batch: (K, 2 + 2Z), all that `update` needs to know of it.
+        """Sums over one micro-batch, (K, 2 + 2Z): everything that `update` needs from it.
 
-        Columns: vectors that chose the entry, their sum (Z), candidates for its revival (0 or 1), their sum
-        (Z). slots (B, h, w) are this micro-batch's part of `revival_slots`.
+        Columns: number of vectors that chose the entry, their sum (Z), number of candidates for its revival
+        (0 or 1), their sum (Z). slots (B, h, w) are this micro-batch's part of `revival_slots`.
         """
         size, channels = self.codebook.shape
         vectors = posterior.z.movedim(1, -1).flatten(0, 2)                   # (N, Z)
         rows = torch.cat([torch.ones_like(vectors[:, :1]), vectors], dim=1)
         chosen = rows.new_zeros(size, 1 + channels).index_add_(0, posterior.indices.flatten(), rows)
-        candidates = rows.new_zeros(size + 1, 1 + channels)                  # the last row takes the rest
+        candidates = rows.new_zeros(size + 1, 1 + channels)                  # last row: non-candidates
         candidates[slots.flatten().clamp(max=size)] = rows
         return torch.cat([chosen, candidates[:size]], dim=1)
 
     @torch.no_grad()
     def update(self, table: Tensor) -> dict[str, Tensor]:
-        """Move the codebook (EMA), revive dead entries, and return what the log shows of this step.
+        """Update the codebook (EMA), revive dead entries, return usage and perplexity for the log.
 
-        table: the sum of `statistics` over micro-batches and processes. usage is the share of entries that
-        were chosen in this step, perplexity exp of the entropy of the choices, from 1 to the entries chosen.
+        table: the sum of `statistics` over micro-batches and processes. usage is the fraction of entries
+        chosen in this step. perplexity is exp of the entropy of the choices, between 1 and the number of
+        chosen entries.
         """
         channels = self.codebook.shape[1]
         count, total, offered, candidate = table.split([1, channels, 1, channels], dim=1)
@@ -131,7 +132,7 @@ class VectorQuantizer(nn.Module):
         if self.ema:
             self.ema_count.lerp_(count[:, 0], 1 - EMA_DECAY)
             self.ema_sum.lerp_(total, 1 - EMA_DECAY)
-            # an entry that was not chosen has both decayed alike: it stays where it is
+            # both averages of an unchosen entry decay alike, so the entry does not move
             self.codebook.copy_(torch.where(used, self.ema_sum / self.ema_count[:, None], self.codebook))
         self.idle.copy_(torch.where(used[:, 0], 0, self.idle + 1))
         self.revive((self.idle >= REVIVE_AFTER)[:, None] & (offered > 0), candidate)
@@ -139,7 +140,7 @@ class VectorQuantizer(nn.Module):
         return {"usage": used.float().mean(), "perplexity": torch.special.entr(share).sum().exp()}
 
     def revive(self, dead: Tensor, candidate: Tensor) -> None:
-        """Put entries where dead (K, 1) to the candidates (K, Z), as if just chosen once."""
+        """Set entries where `dead` (K, 1) to their candidates (K, Z), as if each was just chosen once."""
         self.codebook.copy_(torch.where(dead, candidate, self.codebook))
         self.idle.masked_fill_(dead[:, 0], 0)
         if self.ema:

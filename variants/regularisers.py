@@ -1,10 +1,10 @@
-"""What keeps a discriminator from running away: R1 (Mescheder et al. 2018) and LeCam (Tseng et al. 2021).
+"""Discriminator regularisers: R1 (Mescheder et al. 2018), LeCam (Tseng et al. 2021) and CutMix consistency.
 
-Both are terms of the discriminator's loss. Neither is used by LiteVAE; StyleGAN2 and GigaGAN were published
-with R1, and several trainers of autoencoders use LeCam.
+They are terms of the discriminator's loss. LiteVAE uses none of them. StyleGAN2 and GigaGAN were published
+with R1, the U-Net discriminator with CutMix, and several autoencoder trainers use LeCam.
 
-What differs: D(x) of a discriminator with many logits per image is what the adversarial losses make of it,
-the mean over a head's logits and then over heads.
+What differs: if a discriminator has many logits per image, D(x) is the mean over each head's logits and then
+over heads, as in the adversarial losses.
 """
 
 import torch
@@ -17,13 +17,13 @@ LECAM_DECAY = 0.999      # ours: the formula leaves it open
 
 
 def r1_loss(disc: nn.Module, x: Tensor) -> Tensor:
-    """1/2 mean over images of ||grad_x D(x)||^2, the squares summed over pixels; x real images, fp32.
+    """1/2 mean over images of ||grad_x D(x)||^2, with squares summed over pixels; x are real images; fp32.
 
-    The published penalty, gamma/2 E ||grad||^2 in every k-th step times k, is gamma * k times this in every
-    k-th step. Call it with the bare discriminator, in one backward pass with the other terms: torch.compile's
-    cannot be differentiated twice, and DDP averages what reaches the parameters by whatever way. Where layers
-    tie the images of a batch together (batch norm, minibatch deviation), the gradient of the batch's sum
-    stands for each image's own.
+    The published penalty, gamma/2 E ||grad||^2 times k in every k-th step, is gamma * k times this value in
+    every k-th step. Call it with the bare discriminator, since a compiled network cannot be differentiated
+    twice, and use one backward pass for it and the other terms: DDP averages every gradient that reaches the
+    parameters in that pass. If layers couple the images of a batch (batch norm, minibatch standard
+    deviation), the gradient of the batch's sum is used in place of each image's own gradient.
     """
     with torch.autocast(x.device.type, enabled=False):
         x = full_precision(x.detach()).requires_grad_()
@@ -34,15 +34,15 @@ def r1_loss(disc: nn.Module, x: Tensor) -> Tensor:
 
 
 def head_means(logits: tuple[Tensor, ...]) -> Tensor:
-    """The mean logit of each head, (heads,), without gradient: what LeCam averages over steps."""
+    """The mean logit of each head, (heads,), without gradient; LeCam averages it over steps."""
     return torch.stack([head.detach().float().mean() for head in logits])
 
 
 class LeCam(nn.Module):
-    """mean relu(D(x) - a_F)^2 + mean relu(a_R - D(recon))^2 (Tseng et al. 2021), a mean over heads.
+    """mean relu(D(x) - a_F)^2 + mean relu(a_R - D(recon))^2 (Tseng et al. 2021), averaged over heads.
 
-    a_R and a_F are averages over steps of each head's mean logit of real and of reconstructed images. They
-    are buffers and belong into the checkpoint; before the first update they are 0. All in fp32.
+    a_R and a_F are averages over steps of each head's mean logit for real and for reconstructed images. They
+    are buffers and belong in the checkpoint; before the first update they are 0. Everything is fp32.
     """
 
     def __init__(self, heads: int) -> None:
@@ -60,10 +60,10 @@ class LeCam(nn.Module):
 
     @torch.no_grad()
     def update(self, real: Tensor, fake: Tensor) -> None:
-        """Once per step, with `head_means` of the step, already averaged over micro-batches and processes.
+        """Call once per step with its `head_means`, averaged over micro-batches and processes.
 
-        The first 1 / (1 - decay) steps count alike, so that no trace of the initial 0 is left; from then on
-        the average is exponential.
+        The first 1 / (1 - decay) steps are weighted equally, so the initial 0 has no effect; after that the
+        average is exponential.
         """
         self.updates += 1
         share = (1 / self.updates).clamp(min=1 - LECAM_DECAY)
@@ -72,10 +72,10 @@ class LeCam(nn.Module):
 
 
 def cutmix_mask(uniform: Tensor, height: int, width: int) -> Tensor:
-    """One box per image, 1 where the mixed image is real (Schonfeld et al. 2020): (B, 4) -> (B, 1, H, W).
+    """One box per image; 1 where the mixed image is real (Schonfeld et al. 2020): (B, 4) -> (B, 1, H, W).
 
-    The columns of `uniform`, each in [0, 1), are lambda, box centre y, box centre x and a coin: the box
-    covers 1 - lambda of the image before it is clipped, and the mask is inverted for half of the images.
+    The columns of `uniform`, each in [0, 1), are lambda, box centre y, box centre x and a coin flip. Before
+    clipping, the box covers 1 - lambda of the image. The coin inverts half of the masks.
     """
     lam, cy, cx, coin = uniform.unbind(1)
     half = 0.5 * (1 - lam).sqrt()[:, None]
@@ -87,6 +87,6 @@ def cutmix_mask(uniform: Tensor, height: int, width: int) -> Tensor:
 
 
 def cutmix_loss(mask: Tensor, mixed: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-    """Consistency of pixel logits, mean (D(mix) - mix of D(x) and D(recon))^2 (Schonfeld et al. 2020)."""
+    """Consistency of pixel logits: mean (D(mix) - mix of D(x) and D(recon))^2 (Schonfeld et al. 2020)."""
     target = mask * real.float() + (1 - mask) * fake.float()
     return (mixed.float() - target).square().mean()

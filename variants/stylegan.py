@@ -1,12 +1,12 @@
 """The residual discriminator of StyleGAN2 (Karras et al. 2020, arXiv 1912.04958; LiteVAE Table 10).
 
-From RGB, one residual block per halving down to 4 x 4, the minibatch's standard deviation as one more
-channel, a convolution and two fully connected layers: one logit per image. 28,864,129 parameters at 256
-pixels, as published.
+A 1x1 convolution from RGB, one residual block per halving down to 4 x 4, the minibatch standard deviation as
+an extra channel, a convolution and two fully connected layers, which give one logit per image. 28,864,129
+parameters at 256 pixels, as published.
 
-What differs from the published net: the groups of the minibatch standard deviation are consecutive images
-and may differ in size (see `minibatch_stddev`); a fully connected layer is a convolution over the whole
-map, which has the same weights. The regulariser that it was published with is `regularisers.r1_loss`.
+What differs from the published network: the groups of the minibatch standard deviation are consecutive
+images and may differ in size (see `minibatch_stddev`); fully connected layers are convolutions over the whole
+map, with the same weights. The network was published with the regulariser `regularisers.r1_loss`.
 """
 
 import torch
@@ -20,22 +20,22 @@ GROUP = 4            # images of the minibatch that share one standard deviation
 
 
 def leaky_relu(x: Tensor) -> Tensor:
-    """Slope 0.2, times sqrt 2, which restores the scale of what it halves."""
+    """Leaky ReLU with slope 0.2 and gain sqrt 2, which compensates for the halved signal power."""
     return F.leaky_relu(x, 0.2) * 2**0.5
 
 
 def minibatch_stddev(x: Tensor) -> Tensor:
-    """Append how much the images of a group differ: (B, C, H, W) -> (B, C + 1, H, W).
+    """Append the spread within each group of images as a channel: (B, C, H, W) -> (B, C + 1, H, W).
 
-    One number per group of up to 4 images, the same at each of their pixels: the mean over C, H, W of
-    sqrt(var + 1e-8), var the biased variance over the images of the group; fp32.
+    The channel is constant over a group of up to 4 images: the mean over C, H, W of sqrt(var + 1e-8), where
+    var is the biased variance over the images of the group; fp32.
 
-    The batch is cut into the fewest groups of consecutive images that differ in size by 1 at most: 8 images
-    make 4 + 4, 6 make 3 + 3, 1 has no variance. No process looks at another's images. Hence a process
-    computes the same whether it runs alone or beside others with the same batch of its own, and 1 process
-    with 8 images the same as 2 with 4, as long as the batches are multiples of 4.
+    The batch is split into the fewest groups of consecutive images, whose sizes differ by at most 1: 8 images
+    make 4 + 4, 6 make 3 + 3, and a single image has variance 0. Groups never span processes. A process
+    therefore computes the same result alone and next to others, and one process with 8 images the same as two
+    with 4, as long as the batches are multiples of 4.
     """
-    # differs from the paper: it strides through the batch and takes multiples of the group only
+    # differs from the paper: its groups stride through the batch, which must be a multiple of the group
     groups = full_precision(x).tensor_split(-(-len(x) // GROUP))
     spread = [(group.var(0, unbiased=False) + 1e-8).sqrt().mean().expand(len(group)) for group in groups]
     extra = torch.cat(spread).to(x.dtype)[:, None, None, None]
@@ -43,15 +43,15 @@ def minibatch_stddev(x: Tensor) -> Tensor:
 
 
 class Blur(nn.Module):
-    """Low-pass filter with taps (1, 3, 3, 1) / 8 along both axes and zeros outside.
+    """Low-pass filter with taps (1, 3, 3, 1) / 8 along both axes and zero padding.
 
-    (B, C, H, W) -> H + 2 padding - 3 rows and as many columns for W, every stride-th of them.
+    (B, C, H, W) -> H + 2 padding - 3 rows and W + 2 padding - 3 columns, of which every stride-th is kept.
     """
 
     def __init__(self, padding: int, stride: int = 1) -> None:
         super().__init__()
         self.padding, self.stride = padding, stride
-        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8                  # their products are exact in bf16, too
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8                  # products are exact in bf16, too
         self.register_buffer("kernel", torch.outer(taps, taps)[None, None], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,10 +60,10 @@ class Blur(nn.Module):
 
 
 class EqualConv2d(nn.Module):
-    """Convolution with an equalised learning rate: weights of N(0, 1), divided by sqrt(fan_in) in each pass.
+    """Convolution with an equalised learning rate: N(0, 1) weights, divided by sqrt(fan_in) in each pass.
 
-    So Adam, whose steps do not depend on a gradient's scale, moves every layer by the same share of its size.
-    Bias from 0, not scaled. k x k kernels, `padding` zeros on each side.
+    Adam's steps do not depend on the gradient's scale, so every layer moves by the same fraction of its size.
+    The bias starts at 0 and is not scaled. Kernels are k x k, with `padding` zeros on each side.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, padding: int = 0,
@@ -79,13 +79,13 @@ class EqualConv2d(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions beside a linear skip, blurred before they halve: (B, C, H, W) -> (B, C', H/2, W/2)."""
+    """Two convolutions plus a linear skip, blurred before halving: (B, C, H, W) -> (B, C', H/2, W/2)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.conv1 = EqualConv2d(in_channels, in_channels, 3, padding=1)
         self.conv2 = nn.Sequential(Blur(padding=2), EqualConv2d(in_channels, out_channels, 3, stride=2))
-        # the blur leaves every second pixel out, which the published 1x1 convolution would do
+        # the blur skips every second pixel; in the published network the 1x1 convolution does
         skip = EqualConv2d(in_channels, out_channels, 1, bias=False)
         self.skip = nn.Sequential(Blur(padding=1, stride=2), skip)
 
@@ -97,8 +97,8 @@ class ResidualBlock(nn.Module):
 class StyleGANDiscriminator(nn.Module):
     """One logit per image: (B, C, res, res) -> ((B, 1, 1, 1),).
 
-    The last layers see the whole image, so the depth follows from `res`, the side of the square images that
-    this network takes and no others. ValueError unless it is a power of two, at least 8, and from `forward`
+    The last layers see the whole image, so `res`, the side of the square images, determines the depth, and
+    other sizes are rejected. Raises ValueError unless `res` is a power of two of at least 8, and in `forward`
     if the images have another size. The width at side r is base / r, at most 512.
     """
 

@@ -108,7 +108,7 @@ def test_flag_file_that_builds_on_another(tmp_path, monkeypatch, refused):
     args = train.parse_args(["@row.args"])
     assert (args.batch_size, args.lr) == (7, 1e-3)
     Path("base.args").write_text("@row.args\n")
-    assert "it names itself, straight away or through others" in refused("train", "@row.args")
+    assert "it includes itself, directly or through other files" in refused("train", "@row.args")
 
 
 @pytest.mark.parametrize("script, flags, expected", [
@@ -127,9 +127,9 @@ def test_flag_file_that_builds_on_another(tmp_path, monkeypatch, refused):
     ("train", "--kl-weight nan", "argument --kl-weight: must be 0 or more, got nan"),
     ("train", "--rescale 1", "argument --rescale: expected 2 arguments"),
     ("train", "@missing.args", "No such file or directory: 'missing.args'"),
-    ("eval", "--data x", "score what?"),
-    ("eval", "c.pt", "which images?"),
-    ("eval", "c.pt --data x --imagenet-val", "which images?"),
+    ("eval", "--data x", "give one of a checkpoint"),
+    ("eval", "c.pt", "give either --imagenet-val"),
+    ("eval", "c.pt --data x --imagenet-val", "give either --imagenet-val"),
     ("eval", "c.pt --data x --limit 0", "argument --limit: must be at least 1, got 0"),
 ])  # fmt: skip
 def test_wrong_flags(refused, script, flags, expected):

@@ -233,7 +233,7 @@ def test_other_networks_are_refused(folder, tmp_path, other, first):
     """A text encoder's or a UNet's file is refused by the convolution it lacks and the tensors it has."""
     save_file(other(), tmp_path / "x.safetensors")
     line = refusal(tmp_path / "x.safetensors")
-    assert "holds no AutoencoderKL: no convolution encoder.conv_in.weight; it begins with" in line
+    assert "is not an AutoencoderKL: no convolution encoder.conv_in.weight; it begins with" in line
     assert first in line
     save_file({}, tmp_path / "x.safetensors")
     assert "it begins with nothing" in refusal(tmp_path / "x.safetensors")
@@ -244,14 +244,14 @@ CHANGES = {   # name: (keys that go, tensors that come, what the line must say)
                 "decoder.up_blocks.3.resnets.0.conv_shortcut.bias is missing"),
     "one quant conv": (["post_quant_conv.weight", "post_quant_conv.bias"], {},
                        "post_quant_conv.weight is missing"),
-    "vq": ([], {"quantize.embedding.weight": torch.ones(16, 4)}, "quantize.embedding.weight has no place"),
+    "vq": ([], {"quantize.embedding.weight": torch.ones(16, 4)}, "quantize.embedding.weight is unexpected"),
     "shape": ([], {"encoder.conv_out.weight": torch.ones(4, 128, 3, 3)},
-              "encoder.conv_out.weight is (4, 128, 3, 3) and not (8, 128, 3, 3)"),
+              "encoder.conv_out.weight is (4, 128, 3, 3), expected (8, 128, 3, 3)"),
     "3d": ([], {"encoder.conv_in.weight": torch.ones(32, 3, 3, 3, 3)}, "no convolution encoder.conv_in"),
     "attention": ([], {"decoder.mid_block.attentions.0.to_q.weight": torch.ones(128, 64)},
-                  "decoder.mid_block.attentions.0.to_q.weight is (128, 64) and not (128, 128, 1, 1)"),
+                  "decoder.mid_block.attentions.0.to_q.weight is (128, 64), expected (128, 128, 1, 1)"),
     "more blocks": ([], {"encoder.down_blocks.0.resnets.2.conv1.weight": torch.ones(32, 32, 3, 3)},
-                    "encoder.down_blocks.0.resnets.2.conv1.weight has no place"),
+                    "encoder.down_blocks.0.resnets.2.conv1.weight is unexpected"),
     "levels": ([], {f"encoder.down_blocks.{i}.x": torch.ones(1) for i in (4, 5)}, "6 resolutions"),
     "width": ([], {"encoder.conv_in.weight": torch.ones(24, 3, 3, 3)}, "widths 24 and 32"),
     "quantised": ([], {"quant_conv.bias": torch.ones(8, dtype=torch.int8)},
@@ -297,7 +297,8 @@ def test_missing_files_are_named(folder, tmp_path):
     (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
     assert "only safetensors files are read" in refusal(tmp_path)
     copy_folder(folder, tmp_path)
-    for text, message in (("{", "is no JSON"), ("[" * 100_000, "is no JSON"), ("[]", "is not a JSON object")):
+    for text, message in (("{", "not valid JSON"), ("[" * 100_000, "not valid JSON"),
+                          ("[]", "is not a JSON object")):
         (tmp_path / CONFIG).write_text(text)
         assert message in refusal(tmp_path)
     (tmp_path / CONFIG).unlink()
@@ -362,7 +363,7 @@ DAMAGED = {
 def test_damaged_files_are_refused(tmp_path, damage):
     """Truncated, foreign or damaged bytes raise one line with the path, and never anything else."""
     (tmp_path / "x.safetensors").write_bytes(DAMAGED[damage])
-    assert any(word in refusal(tmp_path / "x.safetensors") for word in ("is no safetensors file", "damaged"))
+    assert any(word in refusal(tmp_path / "x.safetensors") for word in ("not a safetensors file", "damaged"))
 
 
 def test_every_truncation_is_refused(folder, tmp_path):
@@ -406,12 +407,12 @@ def test_open_litevae_scale_is_read_off_the_shapes(tmp_path, scale, channels):
 OPEN_CHANGES = {   # name: (keys that go, tensors that come, what the line must say)
     "missing": (["decoder.conv_norm.gain"], {}, "decoder.conv_norm.gain is missing"),
     "missing first": (["encoder.aggregator.init_conv.weight"], {},
-                      "holds no open-LiteVAE: no convolution encoder.aggregator.init_conv.weight"),
+                      "is not open-LiteVAE's: no convolution encoder.aggregator.init_conv.weight"),
     "shortcut": (["decoder.up.0.block.0.nin_shortcut.bias"],
                  {"decoder.up.0.block.0.skip.bias": torch.ones(4)},
-                 "block.0.nin_shortcut.bias is missing; decoder.up.0.block.0.skip.bias has no place"),
-    "more": ([], {"quant_conv.weight": torch.ones(2)}, "quant_conv.weight has no place"),
-    "shape": ([], {"decoder.conv_in.bias": torch.ones(5)}, "decoder.conv_in.bias is (5,) and not (16,)"),
+                 "block.0.nin_shortcut.bias is missing; decoder.up.0.block.0.skip.bias is unexpected"),
+    "more": ([], {"quant_conv.weight": torch.ones(2)}, "quant_conv.weight is unexpected"),
+    "shape": ([], {"decoder.conv_in.bias": torch.ones(5)}, "decoder.conv_in.bias is (5,), expected (16,)"),
     "scale": ([], {"encoder.aggregator.init_conv.weight": torch.ones(24, 36, 3, 3)}, "widths 16 and 24"),
     "integers": ([], {"decoder.conv_in.bias": torch.ones(16, dtype=torch.int32)}, "dtype torch.int32"),
 }  # fmt: skip
@@ -431,9 +432,9 @@ def test_files_that_hold_no_weights(tmp_path, parent):
     path = tmp_path / "x.ckpt"
     assert refusal(path, load_open_litevae) == "no file PATH"
     path.write_bytes(b"PK" + bytes(50))
-    assert "is damaged, or needs code" in refusal(path, load_open_litevae)
+    assert "is damaged, or would execute code" in refusal(path, load_open_litevae)
     torch.save({"state_dict": open_state(), "hyper_parameters": Path("x")}, path)
-    assert "needs code that is not run here" in refusal(path, load_open_litevae)
+    assert "would execute code, which is refused" in refusal(path, load_open_litevae)
     for other in ([1], {"state_dict": 3}, {"a": "b"}):
         torch.save(other, path)
         assert "holds no weights" in refusal(path, load_open_litevae)
@@ -497,7 +498,7 @@ def test_module_is_put_into_eval_mode(user_module):
     ("nowhere_to_be_found:f", "cannot import nowhere_to_be_found: no such module in HERE"),
     ("NAME.inner:f", "cannot import NAME.inner: "),
     ("NAME:nothing", r"NAME \(.*NAME.py\) has no nothing"),
-    ("NAME:number", "NAME:number is not callable but of type int"),
+    ("NAME:number", "NAME:number is not callable, but of type int"),
 ])  # fmt: skip
 def test_bad_specs_are_refused(user_module, tmp_path, spec, message):
     """No such module, no such name, not callable, not of the form module:name: one line each."""
