@@ -22,8 +22,9 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 import data
-from data import BrokenImage, GlobalBatchSampler, TrainSet, ValSet, load_rgb, open_source
+from data import GlobalBatchSampler, TrainSet, ValSet
 from runtime import sources
+from runtime.sources import BrokenImage, load_rgb, open_source
 
 SHARED = Path(__file__).parents[2] / "shared"      # photographs, where there are some
 KNOWN = Path(__file__).parent / "known_answers.json"
