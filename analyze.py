@@ -9,16 +9,18 @@ import torch
 
 import checkpoint
 import data
-from evaluation.feature_scales import feature_scales, table
-from model import Autoencoder, scale_config
+from evaluation.feature_scales import feature_scales, part_steps, table
 from runtime import cli, sources
+from variants.build import build
+from variants.sizes import PRESETS
 
 
 def parse_args(argv: list[str] | None = None):
     parser = cli.ArgumentParser(__doc__.split("\n")[0])
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", nargs="?",
-        help="of train.py (default: LiteVAE-B before its first step)")
+        help="of train.py (default: --preset before its first step)")
+    add("--preset", choices=tuple(PRESETS), default="litevae-b", help="which model to initialise without CKPT")
     add("--raw", action="store_true", help="the raw weights, not the averaged ones")
     add("--data", required=True, metavar="SRC", help="images, as in train.py")
     add("--res", type=cli.positive, default=64, help="side of the centre crops, pixels")
@@ -30,12 +32,16 @@ def main() -> None:
     args = parse_args()
     with cli.user_errors():
         torch.manual_seed(0)
-        model = Autoencoder(scale_config("B"))
         if args.checkpoint:
             model, _ = checkpoint.load_model(args.checkpoint, args.raw)
+        else:
+            model = build(PRESETS[args.preset])
         images = data.ValSet(sources.open_source(args.data), args.res, args.count)
         x = data.to_float(torch.stack([images[i][0] for i in range(len(images))]))
         print(table(feature_scales(model, x)))
+        print("\nwhole parts: step, scaled")
+        for name in ("encoder", "decoder"):
+            print(f"{name}: " + ", ".join(f"{step:.3f}" for step in part_steps(model, x, name)))
 
 
 if __name__ == "__main__":

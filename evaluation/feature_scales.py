@@ -73,6 +73,16 @@ def feature_scales(model: Autoencoder, x: Tensor, lr: float = 1e-4) -> list[Laye
     return rows
 
 
+def part_steps(model: Autoencoder, x: Tensor, part: str, lr: float = 1e-4) -> list[float]:
+    """`step` and `scaled` as above, if the whole encoder or decoder takes Adam's first step."""
+    params = list(getattr(model, part).parameters())
+    if not params:
+        return [0.0, 0.0]
+    recon, _ = model(x)
+    own = dict(zip(params, torch.autograd.grad(l1_loss(x, recon), params), strict=True))
+    return [change(model, x, recon, own, lr, scaling) for scaling in (False, True)]
+
+
 @torch.no_grad()
 def change(model: Autoencoder, x: Tensor, recon: Tensor, own: dict, lr: float, scaling: bool) -> float:
     """rms of the image's change / rms of the image when the parameters in `own` take Adam's first step."""

@@ -444,14 +444,14 @@ def test_lpips_under_autocast(perceptual):
 @pytest.mark.parametrize("form", ["N.*", "features.N.* and classifier.N.*"])
 def test_load_vgg_takes_other_layouts(form, vgg_file, tmp_path):
     """Bare layer numbers, and torchvision's whole file with its classifier, are the same features."""
-    weights = torch.load(vgg_file, weights_only=True)
+    stored = torch.load(vgg_file, weights_only=True)
     expected = weights.load_vgg(str(vgg_file))
     assert {name: tuple(weight.shape) for name, weight in expected.items()} == vgg16_shapes()
     if form == "N.*":
-        weights = {name.removeprefix("features."): weight for name, weight in weights.items()}
+        stored = {name.removeprefix("features."): weight for name, weight in stored.items()}
     else:
-        weights |= {"classifier.0.weight": torch.zeros(2, 2), "classifier.0.bias": torch.zeros(2)}
-    torch.save(weights, tmp_path / "other.pth")
+        stored |= {"classifier.0.weight": torch.zeros(2, 2), "classifier.0.bias": torch.zeros(2)}
+    torch.save(stored, tmp_path / "other.pth")
     loaded = weights.load_vgg(str(tmp_path / "other.pth"))
     assert all(torch.equal(loaded[name], expected[name]) for name in vgg16_shapes())
 

@@ -291,7 +291,7 @@ def place(tmp_path_factory) -> Path:
 def thin(monkeypatch):
     """train.py with networks of an eighth of the width or less; which ones they are stays."""
     build = options.build_config
-    monkeypatch.setattr(train, "build_config", lambda args: dataclasses.replace(
+    monkeypatch.setattr(options, "build_config", lambda args: dataclasses.replace(
         build(args), extractor_channels=8, aggregator_channels=8, sd_channels=8))
     for name in DISCRIMINATORS:
         small = SMALL_DISCS[name.split("-")[0]]

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import equal
 
-from evaluation.feature_scales import feature_scales, table
+from evaluation.feature_scales import feature_scales, part_steps, table
 from model import Autoencoder
 from variants.build import build
 from variants.config import scale_config
@@ -59,3 +59,10 @@ def test_step_of_the_last_layer(images):
         expected = (1e-3 * moved).square().mean().sqrt() / recon.square().mean().sqrt()
     last = feature_scales(model, images, lr=1e-3)[-1]
     assert last.step == last.scaled == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_step_of_a_part(images):
+    """The decoder's step moves the image further than its last layer's alone; scaling shortens it."""
+    model = small()
+    step, scaled = part_steps(model, images, "decoder")
+    assert step > feature_scales(model, images)[-1].step and 0 < scaled < step
