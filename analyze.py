@@ -20,7 +20,7 @@ def parse_args(argv: list[str] | None = None):
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", nargs="?",
         help="of train.py (default: --preset before its first step)")
-    add("--preset", choices=tuple(PRESETS), default="litevae-b", help="which model to initialise without CKPT")
+    add("--preset", choices=tuple(PRESETS), default="litevae-b", help="what to initialise without CKPT")
     add("--raw", action="store_true", help="the raw weights, not the averaged ones")
     add("--data", required=True, metavar="SRC", help="images, as in train.py")
     add("--res", type=cli.positive, default=64, help="side of the centre crops, pixels")

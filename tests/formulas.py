@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 import torchvision
 
 from runtime import weights
+from variants.build import build
+from variants.sizes import PRESETS
 
 VECTORS = Path(__file__).parent / "known_answers.json"
 NETWORKS = {
@@ -88,3 +91,12 @@ def write_formula_file(name: str, torch_home: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(formula_state(name), path)
     return path
+
+
+def open_state(scale: str = "s", **options) -> dict[str, torch.Tensor]:
+    """Random weights under open-LiteVAE's names, behind a small decoder."""
+    torch.manual_seed(0)
+    net = build(replace(PRESETS[f"open-litevae-{scale}"], decoder_channels=4, **options))
+    words = {"encoder": "residual_conv", "decoder": "nin_shortcut"}
+    state = {key.replace("skip", words[key[:7]]): tensor for key, tensor in net.state_dict().items()}
+    return {key: tensor.reshape(1) if key.endswith("gain") else tensor for key, tensor in state.items()}

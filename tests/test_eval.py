@@ -16,10 +16,9 @@ import pytest
 import torch
 from conftest import ROOT, call, torchrun, train_in, write_images
 from diffusers import AutoencoderKL
-from formulas import write_formula_file
+from formulas import open_state, write_formula_file
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-from test_foreign import open_state
 from torch import nn
 from torchvision.transforms.functional import center_crop
 

@@ -318,7 +318,7 @@ def make_parent(name: str, place: Path, files: str) -> None:
     """Run what writes the file in --init, and what writes that one's, where they are not there yet."""
     if parse(name).init and not (place / parse(name).init).exists():
         words = first_phase(name)
-        make_parent(Path(words[0]).stem, place, files)
+        make_parent(words[0].removeprefix("@recipes/").removesuffix(".args"), place, files)
         small_run(place, words, "--steps 1", files)
 
 

@@ -1,5 +1,7 @@
 """Sizes of every architecture, ours beside what was published: `python -m variants.sizes`."""
 
+from dataclasses import asdict
+
 import model
 from model import GROUP
 from variants.build import build
@@ -9,15 +11,7 @@ SD_VAE = dict(encoder="sd", conv1x1=True, **GROUP)
 OPEN = dict(encoder="open-litevae", decoder="open-litevae")
 # fmt: off
 PRESETS = {
-    "litevae-s":          scale_config("S"),
-    "litevae-b":          scale_config("B"),
-    "litevae-m":          scale_config("M"),
-    "litevae-l":          scale_config("L"),
-    "litevae-b-f4":       scale_config("B", levels=2),
-    "litevae-b-f16":      scale_config("B", levels=4),
-    "litevae-b-nz4":      scale_config("B", latent_channels=4),
-    "litevae-b-wavelet":  scale_config("B", output="wavelet"),
-    "litevae-b-group":    scale_config("B", **GROUP),
+    **{name: AutoencoderConfig(**asdict(config)) for name, config in model.PRESETS.items()},
     "litevae-b-nafnet":   scale_config("B", extractor="nafnet", **GROUP),                        # D.3
     "litevae-b-shared":   scale_config("B", shared_extractor=True, latent_channels=4, **GROUP),  # D.4
     "litevae-b-vit":      scale_config("B", aggregator="vit", resolution=256, **GROUP),          # D.5
@@ -35,15 +29,13 @@ PRESETS = {
     "transfusion-f8d8":   AutoencoderConfig(latent_channels=8, **SD_VAE),
     "vq-f8":              AutoencoderConfig(latent_channels=4, codebook_size=16_384, **SD_VAE),
     "vq-f4":              AutoencoderConfig(latent_channels=3, levels=2, codebook_size=8_192, **SD_VAE),
-    "demo":               scale_config("S", decoder_channels=16, decoder_blocks=1),
 }
 # fmt: on
 
 # as published: millions of parameters and 1e9 MACs, encoder or encoder/decoder. LiteVAE's Tables 2a and 3
 # count at n_z 4; open-LiteVAE's README, of S and B without group norms. Both say FLOPs and mean MACs
-PUBLISHED = {
-    "litevae-s": ("1.03", "-"), "litevae-b": ("6.75", "-"), "litevae-m": ("32.75", "-"),
-    "litevae-l": ("41.42", "-"), "litevae-b-nz4": ("6.75", "-"), "litevae-l-conv": ("41.425", "-"),
+PUBLISHED = model.PUBLISHED | {
+    "litevae-l-conv": ("41.425", "-"),
     "sd-vae": ("34.16", "135.59"),
     "open-litevae-s": ("0.97/53.33", "5.5/324"), "open-litevae-b": ("6.60/53.33", "37.4/324"),
     "open-litevae-m": ("34.00/53.33", "234.9/324"), "open-litevae-l": ("41.15/53.33", "242.1/324"),

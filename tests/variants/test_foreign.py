@@ -10,12 +10,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from formulas import open_state
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from checkpoint import load_model, save
 from evaluation import metrics
-from variants.build import build
 from variants.foreign import (
     DIFFUSERS,
     LDM,
@@ -376,15 +376,6 @@ def test_every_truncation_is_refused(folder, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------
 # open-LiteVAE; its names, shapes and known answers are in test_openlitevae.py
-
-
-def open_state(scale: str = "s", **options) -> dict[str, Tensor]:
-    """Random weights under open-LiteVAE's names, behind a small decoder."""
-    torch.manual_seed(0)
-    net = build(replace(PRESETS[f"open-litevae-{scale}"], decoder_channels=4, **options))
-    words = {"encoder": "residual_conv", "decoder": "nin_shortcut"}
-    state = {key.replace("skip", words[key[:7]]): tensor for key, tensor in net.state_dict().items()}
-    return {key: tensor.reshape(1) if key.endswith("gain") else tensor for key, tensor in state.items()}
 
 
 @pytest.mark.parametrize("scale, channels", [("s", 12), ("b", 4), ("m", 12), ("l", 16)])
