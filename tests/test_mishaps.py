@@ -314,7 +314,8 @@ def test_stop_signal_under_torchrun(tmp_path, number, options):
 INJECT = """
 import os, sys
 sys.path.insert(0, {root!r})
-import torch, distributed, losses, train
+import torch, losses, train
+from runtime import distributed
 calls, real = iter(range(100)), losses.l1_loss
 def l1_loss(x, recon):
     ill = next(calls) in {steps!r} and distributed.rank() == 1
@@ -447,7 +448,7 @@ def test_file_deleted_and_forbidden_in_mid_run(tmp_path):
 @pytest.mark.parametrize("death, words", [
     (lambda k: os.kill(os.getpid(), signal.SIGKILL), "is killed by signal: Killed"),
     (lambda k: sys.exit(3), "exited unexpectedly"),
-    (lambda k: setattr(data, "load_rgb", refuse), "broken images in a row"),
+    (lambda k: setattr(sources, "load_rgb", refuse), "broken images in a row"),
 ], ids=["killed", "exits", "all broken"])  # fmt: skip
 def test_worker_that_dies(tmp_path, death, words):
     """One line with what happened and --resume, exit code 1, no traceback, and the checkpoint loads."""
