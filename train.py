@@ -4,9 +4,9 @@
     python train.py @recipes/demo.args                            # minutes on a CPU, generated images
 
 Each step updates both networks: the autoencoder on reconstruction, KL and adversarial terms with constant
-weights (paper Sec. 4.3), then the discriminator on the same images. A step covers batch-size x accumulate x
-processes images. All randomness derives from (seed, step, sample), so resuming needs only the step and is
-exact to the bit.
+weights (paper Sec. 4.3), the discriminator on the same images and reconstructions. A step covers batch-size x
+accumulate x processes images. All randomness derives from (seed, step, sample), so resuming needs only the
+step and is exact to the bit.
 
 Exit codes: 0 done; 1 the run failed; 2 the set-up was rejected; 75 stopped by SIGTERM, SIGINT or SIGUSR1
 after the current step, and saved (--resume continues). A second SIGINT ends the run at once.
@@ -72,7 +72,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("data", text).add_argument
     add("--data", metavar="SRC", help="training images (default: $IMAGENET/train or datasets/imagenet/train)")
     add("--val-data", metavar="SRC",
-        help="validation images (default: the val folder beside, or some held out of training)")
+        help="validation images (default: the val folder next to train/, else images held out of training)")
     add("--val-count", type=cli.positive, default=256, help="images to validate on")
     add("--res", type=cli.positive, default=128, help="side of the square training crops, pixels")
     add("--rescale", type=float, nargs=2, default=(1.0, 1.0), metavar=("LO", "HI"),
@@ -89,23 +89,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="base width of the decoder")
     add("--dec-blocks", dest="decoder_blocks", type=cli.positive, default=3,
         help="ResBlocks per resolution of the decoder")
-    add("--decoder-norm", choices=("smc", "group"), default="smc", help="paper Table 4")
+    add("--decoder-norm", choices=("smc", "group"), default="smc",
+        help="smc: self-modulated convolutions (Eq. 3); group: SD-VAE's group norm")
     add("--decoder-attention", action=switch, default=False, help="in the middle of the decoder")
     add("--output", choices=("image", "wavelet"), default="image", help="what the decoder predicts")
-    add("--freeze-encoder", action=switch, default=False, help="train the decoder alone, from the average")
+    add("--freeze-encoder", action=switch, default=False,
+        help="train only the decoder, from the EMA weights of --init")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=cli.positive, default=200_000, help="each updates both networks, or one in turn")
     add("--batch-size", type=cli.positive, default=4, help="images per process and micro-batch")
     add("--accumulate", type=cli.positive, default=1, help="micro-batches per step")
     add("--optimizer", choices=("adam", "muon"), default="adam",
-        help="of the autoencoder; muon: Adam for all but the inner convolutions")
+        help="of the autoencoder; muon: for inner convolutions and linear layers, Adam for the rest")
     add("--lr", type=cli.amount, default=1e-4, help="Adam with betas (0.5, 0.9), and Muon")
     add("--lr-scaling", choices=("fan-in", "none"),
-        help="Adam's rate of the autoencoder's wide convolutions: divided by inputs / 72, or --lr as it is "
+        help="Adam's rate of the autoencoder: --lr x min(1, 72 / inputs per output), or --lr for all "
              "(default: fan-in with --decoder-norm smc, else none)")
-    add("--disc-lr", type=cli.amount, default=1e-4, help="the same for the discriminator")
-    add("--warmup", type=cli.natural, default=1000, help="steps of linear warm-up, of each network (ours)")
+    add("--disc-lr", type=cli.amount, default=1e-4,
+        help="Adam's rate of the discriminator, one for all layers")
+    add("--warmup", type=cli.natural, default=1000,
+        help="steps of linear learning-rate warm-up of each network; not in the paper")
     add("--schedule", choices=("constant", "cosine"), default="constant", help="cosine ends at 0")
     add("--clip", type=cli.amount, default=0.0, help="limit of both gradient norms, 0 = off")
     add("--ema-decay", type=cli.amount, default=0.999, help="of the moving average of weights, 0 = off")
@@ -509,7 +513,7 @@ def main() -> None:
     bar = tqdm(range(start, args.steps + 1), initial=start, total=args.steps, dynamic_ncols=True,
                disable=not distributed.is_main())
 
-    for step in bar:                                      # one turn more than updates: evaluate, save, stop
+    for step in bar:                                      # one turn more than updates: save, evaluate, stop
         done, last = step + 1, step == args.steps
 
         # save; after a skipped step, wait for a finite one
@@ -571,7 +575,11 @@ def main() -> None:
                     parts = {name: term(x, recon) for name, _, term in terms}
                     rec = sum(weight * parts[name] for name, weight, _ in terms)
                     rec = rec + extra.reconstruction(parts, x, recon, z_noise)
-                    parts["loss"] = rec + extra.latent(parts, posterior, rows)
+                    if config.codebook_size:
+                        parts["loss"] = rec + extra.codebook(parts, posterior, rows)
+                    else:
+                        parts["kl"] = losses.kl_loss(*posterior)
+                        parts["loss"] = rec + args.kl_weight * parts["kl"]
                     if adversarial and update_model:
                         parts["adv"] = losses.adv_loss(args.disc_loss, judge(recon))
                         parts["disc_weight"] = extra.disc_weight(rec, parts["adv"], recon, features)
@@ -586,7 +594,7 @@ def main() -> None:
 
         # 2. gradients of the discriminator: its loss on the same x and recon
         if train_disc:
-            since = args.disc_start                       # it has a warm-up of its own
+            since = args.disc_start                       # its learning rate warms up from here
             disc_factor = lr_factor(step - since, args.warmup, args.schedule, args.steps - since)
             set_rate(opt_disc, args.disc_lr * disc_factor)
             disc.requires_grad_(True)

@@ -373,7 +373,7 @@ def test_nan_for_good_ends_the_run(tmp_path):
         real, calls = losses.l1_loss, iter(range(99))
         losses.l1_loss = lambda x, recon: real(x, recon) * (float("nan") if next(calls) > 3 else 1)
 
-    assert run(tmp_path, f"{FLAGS} --steps 99 --save-every 1", ill) == 1
+    assert run(tmp_path, f"{FLAGS} --steps 99 --save-every 1 --eval-every 99", ill) == 1
     said = output(tmp_path)
     assert [said.count(f"step {step} skipped, not finite: l1") for step in (4, 5, 14, 15)] == [0, 1, 1, 0]
     (line,) = [line for line in said.splitlines() if "error" in line]

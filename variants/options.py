@@ -1,7 +1,7 @@
 """The flags of this folder, and what they add to a training step.
 
 train.py adds the flags to its parser, makes one `Options` in its set-up, and calls its methods where a step
-may differ from LiteVAE's. Without any of these flags every method does nothing, or what LiteVAE does.
+may differ from LiteVAE's. Without any of these flags the methods add nothing.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor, nn
 
-from losses import adv_loss, kl_loss
+from losses import adv_loss
 from model import scale_fields
 from runtime import cli, distributed
 from runtime.distributed import print0
@@ -19,7 +19,7 @@ from runtime.randomness import CUTMIX, DROPOUT, REVIVAL, seeded
 from variants import perceptual, regularisers
 from variants.adaptive import adaptive_weight, last_layer_gradient
 from variants.config import AutoencoderConfig
-from variants.quantize import revival_slots, vq_loss
+from variants.quantize import Quantized, revival_slots, vq_loss
 
 ONE_SIZE = ("sd", "dwt", "dwt2")       # encoders without scales
 
@@ -34,7 +34,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("other architectures (variants/)").add_argument
     add("--encoder", choices=("litevae", "sd", "open-litevae", "dwt", "dwt2"), default="litevae",
         help="LiteVAE's, SD-VAE's, open-LiteVAE's, or the wavelet bands themselves (paper App. B)")
-    add("--decoder", choices=("sd", "open-litevae"), default="sd", help="the paper's, or open-LiteVAE's")
+    add("--decoder", choices=("sd", "open-litevae"), default="sd",
+        help="layout: SD-VAE's (its norm is --decoder-norm), or open-LiteVAE's")
     add("--extractor-blocks", type=cli.positive, default=2, help="per width; open-LiteVAE: 3, 4, 5, 5")
     add("--aggregator-blocks", type=cli.positive, default=2, help="per width; open-LiteVAE: 3, 4, 4, 4")
     add("--extractor", choices=("unet", "nafnet"), default="unet", help="paper D.3")
@@ -51,7 +52,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--adaptive-weight", action=switch, default=False,
         help="scale --disc-weight by the ratio of last-layer gradients (LDM; paper Table 8)")
     add("--alternate", action=switch, default=False,
-        help="once the discriminator trains: even steps update the autoencoder, odd ones it (SGM)")
+        help="once the discriminator trains: even steps update the autoencoder, odd ones the discriminator")
     add("--r1", type=cli.amount, default=0.0, metavar="GAMMA", help="gradient penalty, 0 = off")
     add("--r1-every", type=cli.positive, default=16, help="updates from one penalty to the next")
     add("--lecam", type=cli.amount, default=0.0, metavar="WEIGHT", help="LeCam regulariser, 0 = off")
@@ -170,18 +171,15 @@ class Options:
             total = total + self.args.ldl_weight * parts["ldl"]
         return total
 
-    def latent(self, parts: dict, posterior, rows: slice) -> Tensor:
-        """Weighted KL of a Gaussian posterior, or the codebook's loss."""
-        if not self.args.codebook_size:
-            parts["kl"] = kl_loss(*posterior)
-            return self.args.kl_weight * parts["kl"]
+    def codebook(self, parts: dict, posterior: Quantized, rows: slice) -> Tensor:
+        """Weighted loss of the codebook, which stands in for the KL."""
         parts["vq"] = vq_loss(posterior)
         slots = self.slots[rows].to(self.device)
         self.table = self.table + self.model.quantizer.statistics(posterior, slots)
         return self.args.vq_weight * parts["vq"]
 
     def disc_weight(self, rec: Tensor, adv: Tensor, recon: Tensor, features: Tensor) -> Tensor:
-        """The weight of the adversarial term: the constant, or with --adaptive-weight times a ratio."""
+        """--disc-weight; with --adaptive-weight times the ratio of last-layer gradients."""
         weight = torch.tensor(self.args.disc_weight, device=self.device)
         if not self.args.adaptive_weight:
             return weight
@@ -202,14 +200,14 @@ class Options:
     # ---- the discriminator
 
     def penalties(
-        self, parts: dict, disc: nn.Module, judge: nn.Module, step: int, rows: slice,
+        self, parts: dict, disc: nn.Module, wrapped: nn.Module, step: int, rows: slice,
         x: Tensor, recon: Tensor, real: tuple[Tensor, ...], fake: tuple[Tensor, ...],
     ) -> Tensor | int:  # fmt: skip
-        """Weighted sum of CutMix, LeCam and R1, given the logits; `disc` is bare, `judge` wrapped."""
+        """Weighted sum of CutMix, LeCam and R1, given the logits; `wrapped` is `disc` in DDP."""
         args, total = self.args, 0
         if args.cutmix:
             mask = regularisers.cutmix_mask(self.boxes[rows].to(self.device), *x.shape[-2:])
-            mixed = judge(mask * x + (1 - mask) * recon)
+            mixed = wrapped(mask * x + (1 - mask) * recon)
             parts["cutmix"] = regularisers.cutmix_loss(mask, mixed[0], real[0], fake[0])
             total = total + args.cutmix * parts["cutmix"]
         if self.lecam:
