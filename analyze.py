@@ -36,8 +36,12 @@ def main() -> None:
             model, _ = checkpoint.load_model(args.checkpoint, args.raw)
         else:
             model = build(PRESETS[args.preset])
-        images = data.ValSet(sources.open_source(args.data), args.res, args.count)
-        x = data.to_float(torch.stack([images[i][0] for i in range(len(images))]))
+        source = sources.open_source(args.data)
+        images = data.ValSet(source, args.res, args.count, model.config.in_channels)
+        batch, broken = data.collate([images[i] for i in range(len(images))])
+        if not len(batch):
+            raise ValueError(f"no image of {args.data} can be read, the first: {broken[0]}")
+        x = data.to_float(batch)
         print(table(feature_scales(model, x)))
         print("\nwhole parts: step, scaled")
         for name in ("encoder", "decoder"):

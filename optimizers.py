@@ -39,8 +39,8 @@ def rate_scale(p: nn.Parameter) -> float:
     """min(1, 72 / inputs of an output): 1 for vectors and up to 8 channels, 1/64 for a 3x3 conv of 512.
 
     Adam moves each weight by about the rate. Early in training these moves agree, so an output moves by the
-    rate times its number of inputs: at 1e-4 one step changes the image of the self-modulated decoder by
-    several times its own size (docs/training.md). The theory of wide networks divides the rate by the number
+    rate times its number of inputs: at 1e-4 one step changes the image of LiteVAE's default decoder by
+    32 times its own size (docs/training.md). The theory of wide networks divides the rate by the number
     of inputs (Yang et al. 2022, arXiv 2203.03466, Table 3).
     """
     # differs from the paper: it has one rate for all

@@ -286,7 +286,9 @@ def resume(state: dict, path: Path, args: argparse.Namespace, nets: dict, optimi
     for name in ("disc", "freeze_encoder", "optimizer", "lr_scaling"):
         saved, wanted = (BEFORE | state["args"])[name], getattr(args, name)
         if saved != wanted:
-            raise ValueError(f"{path} was trained with {name}={saved}, the flags ask for {wanted}")
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{path} was trained with {name}={saved}, the flags ask for {wanted}: "
+                             f"set {flag} as it was, or start a new phase with --init")
     if "opt" not in state:
         raise ValueError(f"{path} has weights alone: start a new phase from it with --init")
     for name, now in vars(args).items():

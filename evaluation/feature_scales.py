@@ -5,7 +5,7 @@
     feature   rms of the output
     largest   rms of the largest output channel / feature
     branch    rms of the residual branch / rms of the skip
-    gradient  rms of dL/d(output) / rms of dL/d(recon), where L is the L1 loss
+    gradient  rms of dL/d(output) / its value at the last convolution, where L is the L1 loss
     step      rms of the image's change / rms of the image when only this layer takes Adam's first step
               at 1e-4 (the learning rate times the sign of the gradient)
     scaled    the same with --lr-scaling fan-in
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from losses import l1_loss
-from model import Autoencoder, ResBlock, Upsample
+from model import Autoencoder, Upsample
 from optimizers import rate_scale
 
 
@@ -43,7 +43,7 @@ def feature_scales(model: Autoencoder, x: Tensor, lr: float = 1e-4) -> list[Laye
     Parameters keep their values and receive no gradients.
     """
     layers = {name: module for name, module in model.decoder.named_modules()
-              if isinstance(module, (ResBlock, Upsample)) or name in ("conv_in", "conv_out")}
+              if hasattr(module, "skip") or isinstance(module, Upsample) or name in ("conv_in", "conv_out")}
     inputs, outputs = {}, {}
 
     def keep(name: str):
@@ -58,18 +58,19 @@ def feature_scales(model: Autoencoder, x: Tensor, lr: float = 1e-4) -> list[Laye
     inner = list(outputs.values())
     params = [p for module in layers.values() for p in module.parameters()]
     gradients = torch.autograd.grad(l1_loss(x, recon), [*inner, *params])
+    gradient = dict(zip(outputs, gradients[: len(inner)], strict=True))
     weight_gradient = dict(zip(params, gradients[len(inner):], strict=True))
 
     rows = []
-    for name, g in zip(outputs, gradients, strict=False):
-        module, y, branch = layers[name], outputs[name], None
-        if isinstance(module, ResBlock):
+    for name, y in outputs.items():
+        module, branch = layers[name], None
+        if hasattr(module, "skip"):
             skip = module.skip(inputs[name])
             branch = rms(y - skip) / rms(skip)
         own = {p: weight_gradient[p] for p in module.parameters()}
         steps = [change(model, x, recon, own, lr, scaling) for scaling in (False, True)]
         rows.append(Layer(name, rms(y), max(map(rms, y.unbind(1))) / rms(y), branch,
-                          rms(g) / rms(gradients[len(inner) - 1]), *steps))
+                          rms(gradient[name]) / rms(gradient["conv_out"]), *steps))
     return rows
 
 

@@ -1,7 +1,7 @@
 """Run: python -m pytest tests/test_analyze.py. The script from outside."""
 
 import pytest
-from conftest import call, train_in
+from conftest import call, train_in, write_images
 
 
 def test_table(tmp_path, capsys):
@@ -14,6 +14,17 @@ def test_table(tmp_path, capsys):
         tables.append(capsys.readouterr().out)
     assert [len(text.splitlines()) for text in tables] == [16, 16] and tables[0] != tables[1]
     assert tables[0].split()[:4] == ["name", "feature", "largest", "branch"]
+
+
+def test_broken_images_are_left_out(tmp_path, capsys, refused):
+    """A file that is cut short is left out; if no file can be read, the first is named. Grey models work."""
+    run = train_in(tmp_path, "--in-channels 1 --steps 1")
+    folder = write_images(tmp_path / "some", ["0.png", "1.png"], side=32)
+    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:500])
+    capsys.readouterr()
+    call("analyze", tmp_path, f"{run.folder}/ckpt.pt --data {folder} --res 32")
+    assert len(capsys.readouterr().out.splitlines()) == 16
+    assert "some/1.png" in refused("analyze", f"--data {folder}/1.png")
 
 
 @pytest.mark.parametrize("flags, line", [

@@ -158,7 +158,7 @@ class Options:
         if self.args.dropout:
             torch.manual_seed(seeded(self.args.seed, step, DROPOUT + rows.start).initial_seed())
 
-    def reconstruction(self, parts: dict, x: Tensor, recon: Tensor, noise: Tensor) -> Tensor | int:
+    def reconstruction(self, parts: dict, x: Tensor, recon: Tensor, noise: Tensor | None) -> Tensor | int:
         """Weighted sum of the extra reconstruction terms."""
         total = 0
         for name, weight, term in self.terms:
@@ -189,10 +189,15 @@ class Options:
     def would_be_weight(self, terms: list[tuple], x: Tensor, disc: nn.Module) -> float:
         """What --adaptive-weight would make of --disc-weight on images x, for the log (paper Fig. 7).
 
-        Leaves the networks as they are: a copy of the discriminator judges, whose batch norm may move.
+        Takes one micro-batch of x and no gradient through the autoencoder, so it needs less memory than a
+        step. A copy of the discriminator judges, since batch norm would move its running statistics.
         """
-        recon, _, features = self.model(x, with_features=True)
-        rec = sum(weight * term(x, recon) for _, weight, term in [*terms, *self.terms])
+        x = x[: self.args.batch_size]
+        with torch.no_grad():
+            recon, _, features = self.model(x, with_features=True)
+        recon.requires_grad_()
+        rec = sum(weight * term(x, recon) for _, weight, term in terms)
+        rec = rec + self.reconstruction({}, x, recon, None)
         adv = adv_loss(self.args.disc_loss, copy.deepcopy(disc).requires_grad_(False)(recon))
         gradients = [last_layer_gradient(part, recon, features, self.model.decoder) for part in (rec, adv)]
         return self.args.disc_weight * adaptive_weight(*gradients).item()

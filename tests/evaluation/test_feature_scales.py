@@ -8,7 +8,7 @@ from conftest import equal
 from evaluation.feature_scales import feature_scales, part_steps, table
 from model import Autoencoder
 from variants.build import build
-from variants.config import scale_config
+from variants.config import AutoencoderConfig, scale_config
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +66,11 @@ def test_step_of_a_part(images):
     model = small()
     step, scaled = part_steps(model, images, "decoder")
     assert step > feature_scales(model, images)[-1].step and 0 < scaled < step
+
+
+def test_blocks_of_other_decoders(images):
+    """open-LiteVAE's blocks are rows with a branch, too."""
+    torch.manual_seed(0)
+    config = AutoencoderConfig(decoder="open-litevae", decoder_channels=8, decoder_blocks=1)
+    rows = {row.name: row for row in feature_scales(build(config), images)}
+    assert len(rows) == 2 + 3 + 4 + 3 and rows["mid.0"].branch > 0
