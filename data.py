@@ -300,24 +300,24 @@ class ValSet(Dataset):
 class GlobalBatchSampler(Sampler):
     """Sample numbers of one process, one list per micro-batch, for steps start_step .. steps - 1.
 
-    Step s has samples s * G .. (s + 1) * G - 1 with G = batch_size * accumulate * world, for any division of
+    Step s has samples s * G .. (s + 1) * G - 1 with G = micro_batch * accumulate * world, for any division of
     G among processes and micro-batches.
     """
 
-    def __init__(self, batch_size: int, accumulate: int, rank: int, world: int, start_step: int, steps: int):
-        self.batch_size, self.accumulate, self.rank, self.world = batch_size, accumulate, rank, world
+    def __init__(self, micro_batch: int, accumulate: int, rank: int, world: int, start_step: int, steps: int):
+        self.micro_batch, self.accumulate, self.rank, self.world = micro_batch, accumulate, rank, world
         self.start_step, self.steps = start_step, steps
 
     def rows(self, micro: int) -> slice:
         """Rows of the global batch in this process's micro-batch `micro`; noise is sliced the same way."""
-        first = (micro * self.world + self.rank) * self.batch_size
-        return slice(first, first + self.batch_size)
+        first = (micro * self.world + self.rank) * self.micro_batch
+        return slice(first, first + self.micro_batch)
 
     def __len__(self) -> int:
         return max(0, self.steps - self.start_step) * self.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
-        global_batch = self.batch_size * self.accumulate * self.world
+        global_batch = self.micro_batch * self.accumulate * self.world
         for step in range(self.start_step, self.steps):
             samples = range(step * global_batch, (step + 1) * global_batch)
             for micro in range(self.accumulate):

@@ -4,9 +4,9 @@
     python train.py @recipes/demo.args                            # minutes on a CPU, generated images
 
 Each step updates both networks: the autoencoder on reconstruction, KL and adversarial terms with constant
-weights (paper Sec. 4.3), the discriminator on the same images and reconstructions. A step covers batch-size x
-accumulate x processes images. All randomness derives from (seed, step, sample), so resuming needs only the
-step and is exact to the bit.
+weights (paper Sec. 4.3), the discriminator on the same images and reconstructions. --batch-size counts the
+images of all processes, so the run does not depend on the number of GPUs. All randomness derives from (seed,
+step, sample), so resuming needs only the step and is exact to the bit.
 
 Exit codes: 0 done; 1 the run failed; 2 the set-up was rejected; 75 stopped by SIGTERM, SIGINT or SIGUSR1
 after the current step, and saved (--resume continues). A second SIGINT ends the run at once.
@@ -62,6 +62,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="continue from CKPT; without CKPT: from the newest good one in --out, or from step 0")
     add("--init", metavar="CKPT",
         help="new phase: weights of model, EMA and discriminator, fresh optimizers, step 0")
+    add("--allow-batch-change", action="store_true",
+        help="--resume with another --batch-size, although the order of the images then jumps")
     add("--seed", type=cli.natural, default=0, help="of weights, data order, crops and noise")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto",
@@ -98,8 +100,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=cli.positive, default=200_000, help="each updates both networks, or one in turn")
-    add("--batch-size", type=cli.positive, default=4, help="images per process and micro-batch")
-    add("--accumulate", type=cli.positive, default=1, help="micro-batches per step")
+    add("--batch-size", type=cli.positive, default=32, help="images per step, over all processes")
+    add("--micro-batch", type=cli.natural, default=0, metavar="N",
+        help="images of one process that go through the networks at once; its gradients accumulate over its "
+             "share of the batch; 0: the whole share")
     add("--optimizer", choices=("adam", "muon"), default="adam",
         help="of the autoencoder; muon: for inner convolutions and linear layers, Adam for the rest")
     add("--lr", type=cli.amount, default=1e-4, help="Adam with betas (0.5, 0.9), and Muon")
@@ -203,6 +207,22 @@ def ema_decay(step: int, decay: float) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
+def divide_batch(batch: int, processes: int, micro: int) -> tuple[int, int]:
+    """(images of a micro-batch, micro-batches of a process); ValueError if they are not whole numbers."""
+    share = batch // processes
+    if not share or batch % processes:
+        below, above = share * processes, (share + 1) * processes
+        raise ValueError(f"--batch-size {batch} counts the images of all {processes} processes and cannot be "
+                         f"divided among them: use {f'{below} or ' if below else ''}{above}")
+    micro = min(micro, share) or share
+    if share % micro:
+        below, above = (next(n for n in numbers if share % n == 0)
+                        for numbers in (range(micro, 0, -1), range(micro, share + 1)))
+        raise ValueError(f"--micro-batch {micro} does not divide the {share} images of each process "
+                         f"(--batch-size {batch}, {processes} processes): use {below} or {above}")
+    return micro, share // micro
+
+
 def pick_precision(flag: str, device: torch.device) -> str:
     """auto is bf16 where that is fast: on CUDA since Ampere, on CPUs with AMX."""
     if flag != "auto":
@@ -291,6 +311,7 @@ def resume(state: dict, path: Path, args: argparse.Namespace, nets: dict, optimi
                              f"set {flag} as it was, or start a new phase with --init")
     if "opt" not in state:
         raise ValueError(f"{path} has weights alone: start a new phase from it with --init")
+    check_batch(state["args"], path, args)
     for name, now in vars(args).items():
         before = state["args"].get(name)
         if before != now and name not in ("resume", "init"):
@@ -305,6 +326,19 @@ def resume(state: dict, path: Path, args: argparse.Namespace, nets: dict, optimi
             optimizer.load_state_dict(state[name])
             for p, slot in optimizer.state.items():       # fused Adam wants the strides of the parameter
                 slot |= {key: torch.empty_like(p).copy_(t) for key, t in slot.items() if t.shape == p.shape}
+
+
+def check_batch(saved: dict, path: Path, args: argparse.Namespace) -> None:
+    """ValueError if a resumed run would go on with another global batch, unless --allow-batch-change."""
+    if args.allow_batch_change:
+        return
+    if "accumulate" in saved:                             # from before --batch-size meant all processes
+        raise ValueError(f"{path} was trained with {saved['batch_size']} x {saved['accumulate']} images in "
+                         "each process: set --batch-size to that times its processes, with "
+                         "--allow-batch-change")
+    if saved["batch_size"] != args.batch_size:
+        raise ValueError(f"{path} was trained with --batch-size {saved['batch_size']}, not "
+                         f"{args.batch_size}: set it as it was, or give --allow-batch-change")
 
 
 def init(state: dict, path: Path, args: argparse.Namespace, nets: dict) -> None:
@@ -441,6 +475,7 @@ def main() -> None:
         # everything that a user can get wrong fails here, before anything is written
         config = options.build_config(args)
         check_flags(args, config)
+        micro_batch, accumulate = divide_batch(args.batch_size, world, args.micro_batch)
         out = Path(args.out)
         how, start_path = distributed.from_main(lambda: find_start(args, out))
         train_set, val_set = distributed.from_main(lambda: open_data(args))
@@ -486,19 +521,18 @@ def main() -> None:
 
         # loaders
         batches = data.GlobalBatchSampler(
-            args.batch_size, args.accumulate, distributed.rank(), world, start, args.steps
+            micro_batch, accumulate, distributed.rank(), world, start, args.steps
         )
         train_loader = data.train_loader(train_set, batches, args.num_workers, device)
         val_loader = data.val_loader(
-            val_set, args.batch_size, args.num_workers, device, distributed.rank(), world
+            val_set, micro_batch, args.num_workers, device, distributed.rank(), world
         )
         out.mkdir(parents=True, exist_ok=True)
         log = Log(out, lines, start)
 
-    global_batch = args.batch_size * args.accumulate * world
     print0(f"parameters: encoder {count_parameters(model.encoder):,}, decoder "
            f"{count_parameters(model.decoder):,}, discriminator {count_parameters(disc) if disc else 0:,}")
-    print0(f"batch: {args.batch_size} x {world} processes x {args.accumulate} accumulated = {global_batch}")
+    print0(f"batch: {args.batch_size} images = {world} processes x {accumulate} x {micro_batch}")
     print0(f"device: {device}, {precision}, {'compiled' if compiled else 'eager'}; output: {out}")
 
     # wrap last and once: model, ema and disc stay bare, so state dicts never have a prefix
@@ -535,7 +569,7 @@ def main() -> None:
             x = show(step, ema or model, val_loader, device, autocast, log)
             if x is not None and disc and step > args.disc_start + args.disc_warmup:
                 with autocast:
-                    scores["adaptive_weight"] = extra.would_be_weight(terms, x, disc)
+                    scores["adaptive_weight"] = extra.would_be_weight(terms, x[:micro_batch], disc)
             if best_by(scores) > best:
                 best = best_by(scores)
                 if distributed.is_main():
@@ -557,7 +591,7 @@ def main() -> None:
         factor = lr_factor(step, args.warmup, args.schedule, args.steps)
         for optimizer in filter(None, (opt, opt_muon)):
             set_rate(optimizer, args.lr * factor)
-        noise = torch.randn(global_batch, *latent_shape, generator=seeded(args.seed, step, NOISE))
+        noise = torch.randn(args.batch_size, *latent_shape, generator=seeded(args.seed, step, NOISE))
         extra.begin(step, noise)
         logged: dict[str, Tensor] = {}                    # means over micro-batches, on the device
         pairs = []                                        # (x, recon) per micro-batch, for the discriminator
@@ -565,13 +599,13 @@ def main() -> None:
         # 1. gradients of the autoencoder: reconstruction + kl KL + disc adversarial
         if disc:
             disc.requires_grad_(False)                    # this half gives the discriminator no gradient
-        for micro in range(args.accumulate):
+        for micro in range(accumulate):
             rows = batches.rows(micro)
             x = data.to_float(next(train_batches).to(device, non_blocking=True))
             x = x.contiguous(memory_format=memory_format)
             z_noise = noise[rows].to(device)
             extra.micro_batch(step, rows)
-            with no_sync(ddp_model, micro == args.accumulate - 1), torch.set_grad_enabled(update_model):
+            with no_sync(ddp_model, micro == accumulate - 1), torch.set_grad_enabled(update_model):
                 with autocast:
                     recon, posterior, features = ddp_model(x, z_noise, with_features=True)
                     parts = {name: term(x, recon) for name, _, term in terms}
@@ -587,10 +621,10 @@ def main() -> None:
                         parts["disc_weight"] = extra.disc_weight(rec, parts["adv"], recon, features)
                         parts["loss"] = parts["loss"] + parts["disc_weight"] * parts["adv"]
                 if update_model:
-                    (parts["loss"] / args.accumulate).backward()
+                    (parts["loss"] / accumulate).backward()
             pairs.append((x, recon.detach()))
             parts["mse"] = losses.l2_loss(*pairs[-1])
-            add_means(logged, parts, args.accumulate)
+            add_means(logged, parts, accumulate)
         if update_model:
             logged["grad_norm"] = nn.utils.clip_grad_norm_(trainable(model), args.clip or math.inf)
 
@@ -602,15 +636,15 @@ def main() -> None:
             disc.requires_grad_(True)
             update_spectral_norm(disc)
             for micro, (x, recon) in enumerate(pairs):
-                with no_sync(ddp_disc, micro == args.accumulate - 1):
+                with no_sync(ddp_disc, micro == accumulate - 1):
                     with autocast:
                         real, fake = ddp_disc(x), ddp_disc(recon)
                         parts = {"disc": losses.disc_loss(args.disc_loss, real, fake)}
                         rows = batches.rows(micro)
                         penalties = extra.penalties(parts, disc, ddp_disc, step, rows, x, recon, real, fake)
                         loss = parts["disc"] + penalties
-                    (loss / args.accumulate).backward()
-                add_means(logged, parts | losses.disc_health(real[0], fake[0]), args.accumulate)
+                    (loss / accumulate).backward()
+                add_means(logged, parts | losses.disc_health(real[0], fake[0]), accumulate)
             logged["disc_grad_norm"] = nn.utils.clip_grad_norm_(trainable(disc), args.clip or math.inf)
 
         # 3. update both networks or neither: if one number on one rank is not finite, no rank moves

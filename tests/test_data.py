@@ -687,8 +687,9 @@ def test_channels(tmp_path):
 @pytest.mark.parametrize("world, accumulate", [(1, 1), (2, 1), (4, 1), (1, 4), (2, 2), (1, 2)])
 def test_samples_per_step_do_not_depend_on_the_processes(world, accumulate):
     """At global batch 8 step s is samples 8s .. 8s + 7, each in one micro-batch of one rank."""
-    batch_size, steps = 8 // world // accumulate, 5
-    ranks = [list(GlobalBatchSampler(batch_size, accumulate, rank, world, 2, steps)) for rank in range(world)]
+    micro_batch, steps = 8 // world // accumulate, 5
+    ranks = [list(GlobalBatchSampler(micro_batch, accumulate, rank, world, 2, steps))
+             for rank in range(world)]
     for step in range(2, steps):
         turn = slice((step - 2) * accumulate, (step - 1) * accumulate)
         samples = [k for batches in ranks for batch in batches[turn] for k in batch]

@@ -76,7 +76,7 @@ def test_vit_is_bound_to_its_size(tmp_path, train_run, refused, capsys):
 
 
 @pytest.mark.parametrize("flags", [
-    "--dropout 0.5 --lr 1e-3 --accumulate 2",
+    "--dropout 0.5 --lr 1e-3 --batch-size 4 --micro-batch 2",
     "--disc patch --alternate --lecam 0.1 --r1 1 --r1-every 2 --adaptive-weight",
     "--codebook-size 64 --lr 1e-3",
     "--codebook-size 64 --codebook-update ema --vq-weight 2 --lr 1e-3",
@@ -183,8 +183,8 @@ def test_codebook_of_two_processes(tmp_path, kind):
     """2 x 2 images by two processes or by accumulation leave the codebook as 4 do, up to fp32's rounding."""
     flags = f"--codebook-size 64 --codebook-update {kind} --steps 3 --lr 1e-5 --val-count 1"
     joined = train_in(tmp_path, f"{flags} --batch-size 4 --out joined")
-    train_in(tmp_path, f"{flags} --batch-size 2 --accumulate 2 --out accumulated")
-    done = torchrun(tmp_path, f"train.py --data synthetic {SMALL} {flags} --batch-size 2 --out two")
+    train_in(tmp_path, f"{flags} --batch-size 4 --micro-batch 2 --out accumulated")
+    done = torchrun(tmp_path, f"train.py --data synthetic {SMALL} {flags} --batch-size 4 --out two")
     assert done.returncode == 0, done.stderr
     expected = joined.state()["model"]
     for other in (Run(tmp_path / "accumulated"), Run(tmp_path / "two")):

@@ -32,11 +32,11 @@ SOURCE = r"arXiv \d{4}\.\d{5}|open-LiteVAE|stabilityai/|lavinal712/AutoencoderKL
 
 # what a recipe's flags are followed by here; the networks are made thin besides
 TINY = ("--data synthetic --val-data synthetic --val-count 1 --res 64 --dec-channels 8 --dec-blocks 1 "
-        "--batch-size 1 --accumulate 1 --num-workers 0 --warmup 0 --disc-start 0 --log-every 1 --keep 0 "
+        "--batch-size 1 --micro-batch 0 --num-workers 0 --warmup 0 --disc-start 0 --log-every 1 --keep 0 "
         "--eval-every 5000 --save-every 5000 --device cpu --precision fp32")
 TERMS = ("l1", "l2", "lpips", "kl", "wavelet", "gaussian", "vq", "vgg19", "identity", "ldl")
 # flags that TINY replaces: judged by what they are parsed into
-RUN = {"out", "init", "data", "val_data", "val_count", "num_workers", "res", "batch_size", "accumulate",
+RUN = {"out", "init", "data", "val_data", "val_count", "num_workers", "res", "batch_size", "micro_batch",
        "steps", "disc_start", "device", "log_every", "eval_every", "save_every"}
 
 
@@ -104,12 +104,12 @@ def test_recipe(name, capsys):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_global_batch(name):
-    """The global batch in the comment is processes x --batch-size x --accumulate of its own command."""
-    stated, processes = map(int, re.search(r"Global batch (\d+) with (\d+) process", prose(name)).groups())
+    """The comment states --batch-size, and its own command can divide it."""
+    args, stated = parse(name), int(re.search(r"Global batch (\d+)", prose(name))[1])
     launch = re.search(rf"# +(.*) ?train\.py @recipes/{name}\.args$", comment(name), re.M)[1].strip()
-    expected = "python" if processes == 1 else f"torchrun --nproc_per_node={processes}"
-    assert launch == expected
-    assert stated == processes * parse(name).batch_size * parse(name).accumulate
+    processes = 1 if launch == "python" else int(re.fullmatch(r"torchrun --nproc_per_node=(\d+)", launch)[1])
+    assert stated == args.batch_size
+    train.divide_batch(args.batch_size, processes, args.micro_batch)
 
 
 def test_outputs_differ():
@@ -154,7 +154,7 @@ def test_litevae_b_128_is_the_papers():
     assert (args.steps, args.lr, args.disc_lr) == (200_000, 1e-4, 1e-4)
     assert (args.latent_channels, args.levels) == (12, 3)
     assert (args.disc, args.disc_loss, args.adaptive_weight, args.disc_start) == ("unet-s", "hinge", False, 0)
-    assert 8 * args.batch_size * args.accumulate == 32
+    assert args.batch_size == 32
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if "--init" in sum(own_flags(name), [])])

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ from variants.build import DISCRIMINATORS
 
 # everything at once: 5 steps, the discriminator trains from step 2 and is felt from step 3
 STORY = ("--res 64 --disc unet-s --disc-start 2 --disc-warmup 1 --disc-lr 0.01 --cutmix 0.5 "
-         "--adaptive-weight --steps 5 --batch-size 1 --accumulate 2 --lr 1e-3 --schedule cosine "
+         "--adaptive-weight --steps 5 --batch-size 2 --micro-batch 1 --lr 1e-3 --schedule cosine "
          "--warmup 1 --rescale 1 1.5")
 NETS = ("model", "ema", "disc")
 OPTIMIZERS = ("opt", "opt_disc")
@@ -149,7 +150,7 @@ def test_fault_03_gradients_stay_in_their_half(train_run, watch, monkeypatch):
 
     monkeypatch.setattr(train, "update_spectral_norm", spy)
     watch.look = look
-    run = train_run("--res 64 --disc unet-s --cutmix 0.5 --adaptive-weight --accumulate 2")
+    run = train_run("--res 64 --disc unet-s --cutmix 0.5 --adaptive-weight --batch-size 4 --micro-batch 2")
     assert len(equalities) == 2 * len(run.state()["model"]) and all(equalities)
 
 
@@ -164,7 +165,7 @@ def test_discriminator_sees_detached_images(train_run, watch, monkeypatch):
         return net
 
     monkeypatch.setitem(train.DISCRIMINATORS, "unet-s", spied)
-    train_run("--res 64 --disc unet-s --cutmix 0.5 --accumulate 2")
+    train_run("--res 64 --disc unet-s --cutmix 0.5 --batch-size 4 --micro-batch 2")
     through, into = (True, False), (False, True)
     assert passes[:-1] == 2 * [through, through, *(2 * [into, into, into])]     # x, recon, their mix
     assert passes[-1] == through                          # the would-be adaptive weight, at validation
@@ -289,6 +290,22 @@ def test_older_runs_go_on_as_they_began(train_run, base, tmp_path, refused, caps
     line = refused("train", f"--data synthetic {SMALL} --steps 3 --resume")
     assert "was trained with lr_scaling=none, the flags ask for fan-in" in line
     assert train_run("--lr-scaling none --steps 3 --resume").steps[-1]["step"] == 3
+
+
+def test_another_batch_size(train_run, refused, capsys):
+    """A resumed run keeps its global batch, also one saved when --batch-size was that of a process."""
+    run = train_run()
+    capsys.readouterr()
+    line = refused("train", f"--data synthetic {SMALL} --batch-size 1 --resume")
+    assert "--batch-size 2, not 1: set it as it was" in line
+    flags = "--allow-batch-change --steps 3 --resume"
+    assert train_run(f"--batch-size 1 {flags}").steps[-1]["step"] == 3
+    state = torch.load(run.folder / "ckpt.pt", weights_only=True)
+    state["args"]["accumulate"] = 3
+    torch.save(state, run.folder / "ckpt.pt")
+    capsys.readouterr()
+    assert "1 x 3 images in each process" in refused("train", f"--data synthetic {SMALL} --resume")
+    assert train_run(f"--batch-size 3 {flags} --steps 4").steps[-1]["step"] == 4
 
 
 def test_tensorboard(parent):
@@ -463,16 +480,43 @@ def test_fault_02_two_processes_and_accumulation_equal_the_joined_batch(tmp_path
     """
     flags = "--res 64 --disc unet-s --cutmix 0.5 --val-count 1 --lr 0 --disc-lr 0"
     joined = train_in(tmp_path, f"{flags} --batch-size 4 --out joined")
-    train_in(tmp_path, f"{flags} --batch-size 2 --accumulate 2 --out accumulated")
-    done = torchrun(tmp_path, f"train.py --data synthetic {SMALL} {flags} --batch-size 2 --out two")
+    train_in(tmp_path, f"{flags} --batch-size 4 --micro-batch 2 --out accumulated")
+    done = torchrun(tmp_path, f"train.py --data synthetic {SMALL} {flags} --batch-size 4 --out two")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("batch: 2 x 2 processes x 1 accumulated = 4") == 1
+    assert done.stdout.count("batch: 4 images = 2 processes x 1 x 2") == 1
     for other in (Run(tmp_path / "accumulated"), Run(tmp_path / "two")):
         for name in OPTIMIZERS:
             ours, theirs = gradients(joined.state()[name]), gradients(other.state()[name])
             assert (ours - theirs).norm() < 1e-6 * ours.norm(), name
         for line, expected in zip(other.lines, joined.lines, strict=True):
             assert line == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_resume_on_another_number_of_processes(tmp_path):
+    """Two steps by two processes and two by one, micro-batches of 1, are the run of one process."""
+    flags = "--res 64 --disc unet-s --steps 4 --batch-size 4 --lr 1e-5 --disc-lr 1e-5 --val-count 1"
+    straight = train_in(tmp_path, f"{flags} --out straight")
+    done = torchrun(tmp_path, f"train.py --data synthetic {SMALL} {flags} --steps 2 --micro-batch 1 "
+                              "--out other")
+    assert done.returncode == 0, done.stderr
+    assert "batch: 4 images = 2 processes x 2 x 1" in done.stdout
+    resumed = train_in(tmp_path, f"{flags} --out other --resume")
+    for line, expected in zip(resumed.lines[-3:], straight.lines[-3:], strict=True):
+        assert line == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("batch, processes, micro, expected", [
+    (32, 8, 0, (4, 1)), (32, 1, 0, (32, 1)), (32, 1, 4, (4, 8)), (32, 4, 64, (8, 1)), (1, 1, 1, (1, 1)),
+    (30, 8, 0, "among them: use 24 or 32"), (4, 8, 0, "among them: use 8"),
+    (32, 4, 3, "the 8 images of each process (--batch-size 32, 4 processes): use 2 or 4"),
+])  # fmt: skip
+def test_divide_batch(batch, processes, micro, expected):
+    """The global batch in whole micro-batches; what cannot be divided names the nearest that can."""
+    if isinstance(expected, tuple):
+        assert train.divide_batch(batch, processes, micro) == expected
+        return
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        train.divide_batch(batch, processes, micro)
 
 
 def test_the_commands_of_the_readme(tmp_path, monkeypatch):
@@ -669,6 +713,8 @@ UNET = "--data synthetic --res 64 --disc unet-s --conv1x1"
     (f"{UNET} --init good.pt --no-conv1x1", "conv1x1=True, the flags ask for False"),
     (f"{UNET} --resume good.pt --dec-channels 16", "decoder_channels=8, the flags ask for 16"),
     (f"{UNET} --resume good.pt --disc none", "disc=unet-s, the flags ask for none"),
+    (f"{UNET} --resume good.pt --batch-size 4", "was trained with --batch-size 2, not 4"),
+    ("--data synthetic --batch-size 8 --micro-batch 3", "--micro-batch 3 does not divide the 8 images"),
 ])  # fmt: skip
 def test_user_errors(place, refused, flags, expected):
     """Each is one line and exit code 2 before anything is written."""

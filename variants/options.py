@@ -189,10 +189,9 @@ class Options:
     def would_be_weight(self, terms: list[tuple], x: Tensor, disc: nn.Module) -> float:
         """What --adaptive-weight would make of --disc-weight on images x, for the log (paper Fig. 7).
 
-        Takes one micro-batch of x and no gradient through the autoencoder, so it needs less memory than a
-        step. A copy of the discriminator judges, since batch norm would move its running statistics.
+        With no gradient through the autoencoder it needs less memory than a step on as many images. A copy of
+        the discriminator judges, since batch norm would move its running statistics.
         """
-        x = x[: self.args.batch_size]
         with torch.no_grad():
             recon, _, features = self.model(x, with_features=True)
         recon.requires_grad_()
