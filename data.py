@@ -5,9 +5,9 @@ runtime/sources.py lists the images behind a --data value (`open_source`) and de
 to [-1, 1].
 
 There is no random state. Sample k of a run (k = step * global batch + row) is a pure function of (seed, k):
-its position in the epoch's permutation, scale, crop and flip. Resuming therefore needs only the step, and 1,
-2 or 4 processes with the same global batch see the same samples. The same rule selects the replacement of a
-broken file.
+its position in the epoch's permutation, scale, crop, flip and the noise of its latent. Resuming therefore
+needs only the step, and 1, 2 or 4 processes with the same global batch see the same samples. The same rule
+selects the replacement of a broken file.
 """
 
 import atexit
@@ -40,7 +40,7 @@ from runtime.sources import (
 )
 
 MAX_TRIES = 100            # training ends after this many broken files in a row
-ORDER, CROP = 1, 2         # tags that keep the random streams of one seed apart
+ORDER, CROP, NOISE = 1, 2, 3     # tags that keep the random streams of one seed apart
 
 
 # ---- one image ---------------------------------------------------------------------------------------------
@@ -228,15 +228,18 @@ class TrainSet(Dataset):
     """Training samples, numbered 0, 1, 2, ... over the whole run, each a pure function of (seed, number).
 
     rescale: (lo, hi); the short side is uniform in [lo * res, hi * res] before the res x res crop.
-    Item: (uint8 (channels, res, res), messages about the broken files that it replaces). Raises ValueError
-    if rescale is below 1, and NoImages if MAX_TRIES files in a row are broken.
+    latent_shape: (Z, h, w) of the posterior's noise, which is drawn here because the loader's processes have
+    time for it. Item: (uint8 (channels, res, res), float32 N(0, 1) of latent_shape, messages about the
+    broken files that it replaces). Raises ValueError if rescale is below 1, and NoImages if MAX_TRIES files
+    in a row are broken.
     """
 
     def __init__(self, source: Source, res: int, seed: int, rescale: tuple[float, float] = (1, 1),
-                 flip: bool = True, channels: int = 3):
+                 flip: bool = True, channels: int = 3, latent_shape: tuple[int, ...] = (0,)):
         if not 1 <= rescale[0] <= rescale[1]:
             raise ValueError(f"rescale is {rescale[0]} {rescale[1]}, but must be 1 <= low <= high")
         self.source, self.res, self.seed, self.flip, self.channels = source, res, seed, flip, channels
+        self.latent_shape = latent_shape
         self.sides = round(res * rescale[0]), round(res * rescale[1])
         self._order = -1, np.empty(0, dtype=np.int64)    # the last requested epoch and its permutation
 
@@ -253,13 +256,17 @@ class TrainSet(Dataset):
         image = train_transform(self.source.read(index, side), self.res, side, self.flip, rng)
         return to_tensor(image, self.channels)
 
-    def __getitem__(self, k: int) -> tuple[Tensor, tuple[str, ...]]:
+    def noise(self, k: int) -> Tensor:
+        rng = np.random.default_rng([self.seed, k, NOISE])
+        return torch.from_numpy(rng.standard_normal(self.latent_shape, dtype=np.float32))
+
+    def __getitem__(self, k: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:
         epoch, position = divmod(k, len(self.source))
         order, broken = self.order(epoch), []
         for attempt in range(min(MAX_TRIES, len(order))):
             index = int(order[(position + attempt) % len(order)])
             try:
-                return self._sample(index, k), tuple(broken)
+                return self._sample(index, k), self.noise(k), tuple(broken)
             except BrokenImage as error:
                 broken.append(f"{self.source.path(index)}: {error}")
         raise NoImages(f"data source {self.source.spec!r}: {len(broken)} broken images in a row, the last "
@@ -309,7 +316,7 @@ class GlobalBatchSampler(Sampler):
         self.start_step, self.steps = start_step, steps
 
     def rows(self, micro: int) -> slice:
-        """Rows of the global batch in this process's micro-batch `micro`; noise is sliced the same way."""
+        """Rows of the global batch in this process's micro-batch `micro`."""
         first = (micro * self.world + self.rank) * self.micro_batch
         return slice(first, first + self.micro_batch)
 
@@ -324,8 +331,15 @@ class GlobalBatchSampler(Sampler):
                 yield list(samples[self.rows(micro)])
 
 
+def collate_train(items: Sequence[tuple[Tensor, Tensor, tuple[str, ...]]]
+                  ) -> tuple[tuple[Tensor, Tensor], list[str]]:
+    """Items of a TrainSet -> ((uint8 (B, C, res, res), noise (B, Z, h, w)), messages about broken files)."""
+    images, noise, broken = zip(*items, strict=True)
+    return (torch.stack(images), torch.stack(noise)), [message for messages in broken for message in messages]
+
+
 def collate(items: Sequence[tuple[Tensor | None, tuple[str, ...]]]) -> tuple[Tensor, list[str]]:
-    """Items -> (uint8 (B, C, res, res), messages about broken files); len(batch) is 0 if all are broken."""
+    """Items of a ValSet -> (uint8 (B, C, res, res), messages about broken files), B 0 if all are broken."""
     images = [image for image, _ in items if image is not None]
     batch = torch.stack(images) if images else torch.empty(0, dtype=torch.uint8)
     return batch, [message for _, broken in items for message in broken]
@@ -363,12 +377,12 @@ def _loader(dataset: Dataset, num_workers: int, device: torch.device | str, coll
 
 def train_loader(train_set: TrainSet, batches: GlobalBatchSampler, num_workers: int,
                  device: torch.device | str) -> DataLoader:
-    """Batches as returned by `collate`, one per list of `batches`.
+    """Batches as returned by `collate_train`, one per list of `batches`.
 
     Reads sample 0 immediately, so data without any readable image raises ValueError here, not in a worker.
     """
     train_set[0]
-    return _loader(train_set, num_workers, device, batch_sampler=batches)
+    return _loader(train_set, num_workers, device, collate_train, batch_sampler=batches)
 
 
 def val_loader(val_set: ValSet, batch_size: int, num_workers: int, device: torch.device | str, rank: int,

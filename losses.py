@@ -30,6 +30,7 @@ DEFAULT_WEIGHTS = {
 
 CHARBONNIER_EPS = 1e-3   # ours: the paper gives none
 GAUSSIAN_SIGMA = 1.0     # ours: the paper gives neither sigma nor size; 5x5, reflect padding
+GAUSSIAN_TAPS = torch.arange(-2.0, 3.0).square().div(-2 * GAUSSIAN_SIGMA**2).softmax(dim=0).tolist()
 
 
 # ----------------------------------------------------------------------------
@@ -74,12 +75,10 @@ def gaussian_loss(x: Tensor, recon: Tensor) -> Tensor:
 
 def gaussian_blur(x: Tensor) -> Tensor:
     """5x5 Gaussian blur with sigma 1 and reflect padding, fp32 (B, C, H, W)."""
-    taps = torch.exp(-torch.arange(-2.0, 3.0, device=x.device).square() / (2 * GAUSSIAN_SIGMA**2))
-    taps = (taps / taps.sum()).tolist()
     H, W = x.shape[-2:]
     x = F.pad(x, (2, 2, 2, 2), mode="reflect")
-    x = sum(tap * x[..., i : i + H, :] for i, tap in enumerate(taps))
-    return sum(tap * x[..., i : i + W] for i, tap in enumerate(taps))
+    x = sum(tap * x[..., i : i + H, :] for i, tap in enumerate(GAUSSIAN_TAPS))
+    return sum(tap * x[..., i : i + W] for i, tap in enumerate(GAUSSIAN_TAPS))
 
 
 # ----------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def adam(params: list[nn.Parameter], scaling: str = "none") -> torch.optim.Adam:
     for p in params:
         groups.setdefault(rate_scale(p) if scaling == "fan-in" else 1.0, []).append(p)
     return torch.optim.Adam([dict(params=group, scale=scale) for scale, group in groups.items()],
-                            betas=(0.5, 0.9), fused=params[0].device.type in ("cuda", "cpu"))
+                            betas=(0.5, 0.9), fused=True)
 
 
 def rate_scale(p: nn.Parameter) -> float:
@@ -76,27 +76,30 @@ class Muon(torch.optim.Optimizer):
 
     params: tensors of two or more dimensions, (m, ...) read as (m, n). Every process holds every buffer; with
     several processes each orthogonalises its share of the matrices, and a sum over processes joins them.
+    As in torch's fused optimizers, a step changes nothing if `found_inf`, a tensor set from outside, is 1.
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
         super().__init__(params, dict(lr=lr, momentum=momentum))
+        self.found_inf = torch.zeros((), device=params[0].device)
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            params = group["params"]
-            averages = [self.average(p, group["momentum"]) for p in params]
+            params, good = group["params"], 1 - self.found_inf
+            averages = [self.average(p, group["momentum"], good) for p in params]
             for p, update in zip(params, share_work(averages), strict=True):
                 size = 0.2 * max(update.shape) ** 0.5
-                p.add_(update.view_as(p), alpha=-group["lr"] * size)
+                p.addcmul_(update.view_as(p), good, value=-group["lr"] * size)
 
-    def average(self, p: nn.Parameter, momentum: float) -> Tensor:
-        """Nesterov's average of the gradient as a matrix (m, n)."""
+    def average(self, p: nn.Parameter, momentum: float, good: Tensor) -> Tensor:
+        """Nesterov's average of the gradient as a matrix (m, n); finite, and kept, if `good` is 0."""
         if "momentum_buffer" not in self.state[p]:
             self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffer = self.state[p]["momentum_buffer"]
-        buffer.lerp_(p.grad, 1 - momentum)
-        return p.grad.lerp(buffer, momentum).flatten(1)
+        grad = torch.where(good > 0, p.grad, 0)
+        buffer.lerp_(grad, (1 - momentum) * good)
+        return grad.lerp(buffer, momentum).flatten(1)
 
 
 def share_work(matrices: list[Tensor]) -> list[Tensor]:

@@ -16,6 +16,8 @@ import argparse
 import copy
 import math
 import sys
+from collections import deque
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +26,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import checkpoint
@@ -33,13 +34,12 @@ import losses
 from discriminators import update_spectral_norm
 from evaluation import metrics
 from losses import DEFAULT_WEIGHTS as W
-from model import SCALES, LiteVAEConfig, count_parameters
+from model import SCALES, LiteVAEConfig, Posterior, count_parameters
 from optimizers import Muon, adam, set_rate, split_parameters
 from runtime import cli, distributed, sources
 from runtime.distributed import print0
 from runtime.failures import STOPPED, catch_signals, failures
-from runtime.log import Log, best_by, history
-from runtime.randomness import NOISE, seeded
+from runtime.log import Log, Numbers, best_by, history
 from runtime.watch import Watch
 from runtime.weights import load_vgg
 from variants import options
@@ -248,7 +248,7 @@ def set_fast_math(device: torch.device) -> torch.memory_format:
     return torch.channels_last
 
 
-def open_data(args: argparse.Namespace) -> tuple[data.TrainSet, data.ValSet]:
+def open_data(args: argparse.Namespace, config: LiteVAEConfig) -> tuple[data.TrainSet, data.ValSet]:
     """Training and validation set; ValueError or OSError in one line if there is nothing to train on."""
     spec = args.data or data.default_train_spec()
     source = sources.open_source(spec)
@@ -257,7 +257,9 @@ def open_data(args: argparse.Namespace) -> tuple[data.TrainSet, data.ValSet]:
         val_source = sources.open_source(val_spec, held_out=True)
     else:
         source, val_source = data.split_val(source, args.val_count)
-    train_set = data.TrainSet(source, args.res, args.seed, tuple(args.rescale), channels=args.in_channels)
+    latent_shape = (config.latent_channels, *[args.res // config.downsample_factor] * 2)
+    train_set = data.TrainSet(source, args.res, args.seed, tuple(args.rescale), channels=args.in_channels,
+                              latent_shape=latent_shape)
     val_set = data.ValSet(val_source, args.res, args.val_count, channels=args.in_channels)
     val_name = val_spec or f"{spec}, held out"
     print0(f"data: {len(source):,} images of {spec}; validation: {len(val_set):,} images of {val_name}")
@@ -370,6 +372,18 @@ def provenance(how: str, state: dict | None, path: Path | None, train_set: data.
             "parent": parent}
 
 
+def freeze_encoder(model: nn.Module) -> None:
+    """Only the decoder's side keeps its gradients."""
+    model.requires_grad_(False)
+    for part in (model.decoder, getattr(model, "post_quant_conv", None)):
+        if part is not None:
+            part.requires_grad_(True)
+
+
+# ----------------------------------------------------------------------------
+# one step
+
+
 def trainable(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
@@ -382,6 +396,202 @@ def wrap(module: nn.Module) -> nn.Module:
 def no_sync(module: nn.Module, last: bool):
     """Context of one micro-batch: DDP averages gradients over processes only in the last one."""
     return module.no_sync() if isinstance(module, DDP) and not last else nullcontext()
+
+
+def add_means(logged: dict[str, Tensor], parts: dict[str, Tensor], count: int) -> None:
+    """Adds the share of one of `count` micro-batches."""
+    for name, part in parts.items():
+        logged[name] = logged.get(name, 0) + part.detach() / count
+
+
+def gradient_norm(module: nn.Module, limit: float) -> Tensor:
+    """The norm of all gradients together; `limit` clips them to it, 0 leaves them."""
+    if limit:
+        return nn.utils.clip_grad_norm_(trainable(module), limit)
+    return nn.utils.get_total_norm([p.grad for p in trainable(module) if p.grad is not None])
+
+
+@torch.no_grad()
+def update_average(ema: nn.Module, model: nn.Module, share: Tensor) -> None:
+    """ema <- ema + share (model - ema); a share of 0 changes nothing."""
+    averages = list(ema.parameters())
+    change = torch._foreach_sub([p.detach() for p in model.parameters()], averages)
+    torch._foreach_mul_(change, share)
+    torch._foreach_add_(averages, change)
+    for average, buffer in zip(ema.buffers(), model.buffers(), strict=True):
+        average.copy_(buffer)                             # a codebook's counts
+
+
+class Trainer:
+    """The networks and optimizers of a run, and its training step.
+
+    `prepare` is called once the weights are loaded. A step never waits for the device: all decisions that
+    depend on its numbers are taken on the device, and the numbers are read later (`Numbers`).
+    """
+
+    def __init__(self, args: argparse.Namespace, config: LiteVAEConfig, device: torch.device) -> None:
+        self.args, self.config, self.device = args, config, device
+        self.memory_format = set_fast_math(device)
+        self.precision = pick_precision(args.precision, device)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        self.compiled = device.type == "cuda" if args.compile is None else args.compile
+        self.terms = reconstruction_terms(args, device)
+        self.extra = options.Options(args, device)
+
+        torch.manual_seed(args.seed)
+        self.model = build(config).to(device, memory_format=self.memory_format)
+        if args.freeze_encoder:
+            freeze_encoder(self.model)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval() if args.ema_decay else None
+        self.disc = None
+        if args.disc != "none":
+            self.disc = build_discriminator(args.disc, args.in_channels, args.res)
+            self.disc = self.disc.to(device, memory_format=self.memory_format)
+        self.extra.watch(self.model, self.ema, self.disc)
+        self.nets = {"model": self.model, "ema": self.ema, "disc": self.disc, "lecam": self.extra.lecam}
+
+        muon = args.optimizer == "muon"
+        matrices, others = split_parameters(self.model) if muon else ([], trainable(self.model))
+        self.opt = adam(others, args.lr_scaling)
+        self.opt_muon = Muon(matrices, args.lr) if matrices else None
+        self.opt_disc = adam(trainable(self.disc)) if self.disc else None
+        self.optimizers = {"opt": self.opt, "opt_muon": self.opt_muon, "opt_disc": self.opt_disc}
+
+    def prepare(self, rows: list[slice], inherited: bool) -> None:
+        """Compile and wrap the networks.
+
+        rows: the rows of the global batch in each micro-batch of this process. inherited: whether the average
+        of the weights is that of an earlier phase.
+        """
+        self.rows, self.inherited = rows, inherited
+        # wrap last and once: model, ema and disc stay bare, so state dicts never have a prefix
+        self.ddp_model = wrap(torch.compile(self.model) if self.compiled else self.model)
+        fast_disc = torch.compile(self.disc) if self.compiled and self.disc else self.disc
+        self.ddp_disc = wrap(fast_disc) if self.disc else None
+        # a compiled network cannot be backpropagated through twice, as the adaptive weight does
+        self.judge = self.disc if self.args.adaptive_weight else fast_disc
+
+    def states(self) -> dict:
+        """What a checkpoint holds of the networks and optimizers."""
+        return states(self.nets | self.optimizers)
+
+    def step(self, step: int, batches: Iterator[tuple[Tensor, Tensor]], stop: bool) -> Numbers:
+        """One update of both networks, or of neither if one number on one process is not finite.
+
+        batches: yields (uint8 images, noise) for each micro-batch. stop: whether this process is to stop.
+        Returns the means over processes of everything that is logged.
+        """
+        args, extra = self.args, self.extra
+        train_disc = self.disc is not None and step >= args.disc_start
+        adversarial = train_disc and step >= args.disc_start + args.disc_warmup
+        update_model, train_disc = extra.turns(step, train_disc)
+        lr = self.set_rates(step, train_disc)
+        extra.begin(step, (args.batch_size, *[args.res // self.config.downsample_factor] * 2))
+
+        logged, pairs = self.model_gradients(step, batches, adversarial, update_model)
+        if train_disc:
+            logged |= self.disc_gradients(step, pairs)
+        logged["stop"] = torch.full((), float(stop), device=self.device)
+        values = distributed.mean(torch.stack([value.float() for value in logged.values()]))
+        shown = self.update(step, update_model, train_disc, failed=(~values.isfinite().all()).float())
+        return Numbers(step + 1, [*logged, *shown], torch.stack([*values, *shown.values()]), lr=lr)
+
+    def set_rates(self, step: int, train_disc: bool) -> float:
+        """Sets the learning rates of a step; returns that of the autoencoder."""
+        args, since = self.args, self.args.disc_start     # the discriminator's warms up when it starts
+        lr = args.lr * lr_factor(step, args.warmup, args.schedule, args.steps)
+        for optimizer in filter(None, (self.opt, self.opt_muon)):
+            set_rate(optimizer, lr)
+        if train_disc:
+            factor = lr_factor(step - since, args.warmup, args.schedule, args.steps - since)
+            set_rate(self.opt_disc, args.disc_lr * factor)
+        return lr
+
+    def model_gradients(
+        self, step: int, batches: Iterator[tuple[Tensor, Tensor]], adversarial: bool, update: bool
+    ) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:  # fmt: skip
+        """Gradients of the autoencoder; returns the means of its losses, and (x, recon) per micro-batch.
+
+        Without `update` there are only the pairs and their mean square error.
+        """
+        logged, pairs = {}, []
+        if self.disc:
+            self.disc.requires_grad_(False)               # this half gives the discriminator no gradient
+        for rows in self.rows:
+            x, noise = (batch.to(self.device, non_blocking=True) for batch in next(batches))
+            x = data.to_float(x).contiguous(memory_format=self.memory_format)
+            self.extra.micro_batch(step, rows)
+            with no_sync(self.ddp_model, rows is self.rows[-1]), torch.set_grad_enabled(update):
+                with self.autocast:
+                    recon, posterior, features = self.ddp_model(x, noise, with_features=True)
+                    outputs = x, noise, recon, posterior, features
+                    parts = self.model_losses(rows, *outputs, adversarial) if update else {}
+                if update:
+                    (parts["loss"] / len(self.rows)).backward()
+            pairs.append((x, recon.detach()))
+            parts["mse"] = losses.l2_loss(*pairs[-1])
+            add_means(logged, parts, len(self.rows))
+        if update:
+            logged["grad_norm"] = gradient_norm(self.model, self.args.clip)
+        return logged, pairs
+
+    def model_losses(
+        self, rows: slice, x: Tensor, noise: Tensor, recon: Tensor, posterior: Posterior, features: Tensor,
+        adversarial: bool,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """The terms of one micro-batch by name; "loss" is reconstruction + kl KL + disc adversarial."""
+        args, extra = self.args, self.extra
+        parts = {name: term(x, recon) for name, _, term in self.terms}
+        rec = sum(weight * parts[name] for name, weight, _ in self.terms)
+        rec = rec + extra.reconstruction(parts, x, recon, noise)
+        if self.config.codebook_size:
+            parts["loss"] = rec + extra.codebook(parts, posterior, rows)
+        else:
+            parts["kl"] = losses.kl_loss(*posterior)
+            parts["loss"] = rec + args.kl_weight * parts["kl"]
+        if adversarial:
+            parts["adv"] = losses.adv_loss(args.disc_loss, self.judge(recon))
+            parts["disc_weight"] = extra.disc_weight(rec, parts["adv"], recon, features)
+            parts["loss"] = parts["loss"] + parts["disc_weight"] * parts["adv"]
+        return parts
+
+    def disc_gradients(self, step: int, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """Gradients of the discriminator on the same images and reconstructions; the means of its losses."""
+        logged = {}
+        self.disc.requires_grad_(True)
+        update_spectral_norm(self.disc)
+        for rows, (x, recon) in zip(self.rows, pairs, strict=True):
+            with no_sync(self.ddp_disc, rows is self.rows[-1]):
+                with self.autocast:
+                    # in one dtype, else the discriminator is compiled for each
+                    real, fake = self.ddp_disc(x.to(recon.dtype)), self.ddp_disc(recon)
+                    parts = {"disc": losses.disc_loss(self.args.disc_loss, real, fake)}
+                    outputs = x, recon, real, fake
+                    penalties = self.extra.penalties(parts, self.disc, self.ddp_disc, step, rows, *outputs)
+                    loss = parts["disc"] + penalties
+                (loss / len(self.rows)).backward()
+            add_means(logged, parts | losses.disc_health(real[0], fake[0]), len(self.rows))
+        logged["disc_grad_norm"] = gradient_norm(self.disc, self.args.clip)
+        return logged
+
+    def update(self, step: int, model_moves: bool, disc_moves: bool, failed: Tensor) -> dict[str, Tensor]:
+        """Moves what is to move, unless `failed` is 1 (on the device): then all of it keeps its bits."""
+        moving = [self.opt, self.opt_muon] if model_moves else []
+        for optimizer in filter(None, [*moving, self.opt_disc if disc_moves else None]):
+            optimizer.found_inf = failed                  # the name that gradient scalers use
+            optimizer.step()
+        shown = self.extra.update(model_moves, disc_moves, failed)
+        if self.ema and model_moves:
+            # a new phase inherits an average; a random start is better forgotten
+            decay = self.args.ema_decay if self.inherited else ema_decay(step, self.args.ema_decay)
+            update_average(self.ema, self.model, (1 - decay) * (1 - failed))
+        for optimizer in filter(None, self.optimizers.values()):
+            optimizer.zero_grad(set_to_none=True)
+        return shown
+
+
+# ----------------------------------------------------------------------------
+# validation
 
 
 class Grey(nn.Module):
@@ -417,88 +627,83 @@ def show(step: int, net: nn.Module, val_loader, device, autocast, log: Log) -> T
     return None
 
 
-def freeze_encoder(model: nn.Module) -> None:
-    """Only the decoder's side keeps its gradients."""
-    model.requires_grad_(False)
-    for part in (model.decoder, getattr(model, "post_quant_conv", None)):
-        if part is not None:
-            part.requires_grad_(True)
+# ----------------------------------------------------------------------------
+# the loop
 
 
 def states(parts: dict) -> dict:
     return {name: part.state_dict() if part else None for name, part in parts.items()}
 
 
-def add_means(logged: dict[str, Tensor], parts: dict[str, Tensor], count: int) -> None:
-    """Adds the share of one of `count` micro-batches."""
-    for name, part in parts.items():
-        logged[name] = logged.get(name, 0) + part.detach() / count
+class Progress:
+    """Reads the numbers of steps, logs them, and decides from them whether to stop.
+
+    The device may still be at work on the last step, so its numbers are read after the next one, or at once
+    if they are wanted `now`.
+    """
+
+    def __init__(self, log: Log, watch: Watch, bar: tqdm) -> None:
+        self.log, self.watch, self.bar = log, watch, bar
+        self.unread: deque[tuple[Numbers, bool]] = deque()
+        self.skipped = 0                                  # steps in a row that were not finite
+        self.stopping = False                             # a signal on one process stops all
+
+    def add(self, numbers: Numbers, logged: bool, now: bool) -> None:
+        self.unread.append((numbers, logged))
+        while self.unread and (now or self.stopping or len(self.unread) > 1):
+            self.read(*self.unread.popleft())
+
+    def read(self, numbers: Numbers, logged: bool) -> None:
+        values = numbers.read()
+        self.stopping |= values.pop("stop") > 0
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        self.skipped = self.skipped + 1 if bad else 0
+        if bad:
+            self.log.line(numbers.done, {"skipped": bad})
+            print0(f"step {numbers.done} skipped, not finite: {', '.join(bad)}")
+            return
+        if "grad_norm" in values:
+            self.watch.gradient(numbers.done, values["grad_norm"])
+        if logged:
+            values["batch_psnr"] = 10 * math.log10(4 / max(values.pop("mse"), 1e-10))
+            self.log.scalars(numbers.done, values)
+            if "loss" in values:
+                self.bar.set_postfix(loss=f"{values['loss']:.4f}", psnr=f"{values['batch_psnr']:.2f}")
 
 
-def update_average(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), step)
-    for average, buffer in zip(ema.buffers(), model.buffers(), strict=True):
-        average.copy_(buffer)                             # a codebook's counts
-
-
-def finish(log: Log, broken: set[str], skipped: int, stopping: bool, step: int, out: Path) -> None:
+def finish(progress: Progress, broken: set[str], step: int, out: Path) -> None:
     """The last lines of a run, and its exit code."""
-    log.close()
+    progress.log.close()
     replaced = set().union(*distributed.gather(broken))
     if replaced:
         print0(f"broken images, named above and replaced: {len(replaced)}")
-    ill = skipped == MAX_SKIPPED
-    if not ill:
-        end = f"stopped by a signal after step {step}, saved; go on with --resume:" if stopping else "done:"
-        print0(f"{end} {out / 'ckpt.pt'}")
+    ill = progress.skipped >= MAX_SKIPPED
+    if ill:
+        saved = next(checkpoint.candidates(out), "none, as none was saved yet")
+        print0(f"error: {progress.skipped} steps in a row were not finite; lower --lr or set --clip, and go "
+               f"on with --resume. Last good checkpoint: {saved}")
+    else:
+        stopped = f"stopped by a signal after step {step}, saved; go on with --resume:"
+        print0(f"{stopped if progress.stopping else 'done:'} {out / 'ckpt.pt'}")
     distributed.cleanup()
-    if ill or stopping:
+    if ill or progress.stopping:
         sys.exit(1 if ill else STOPPED)
-
-
-# ----------------------------------------------------------------------------
-# the loop
 
 
 @failures()
 def main() -> None:
     args = parse_args()
     with cli.user_errors():
-        # device and precision
-        device = distributed.init(args.device)
-        world = distributed.world_size()
-        precision = pick_precision(args.precision, device)
-        autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
-        compiled = device.type == "cuda" if args.compile is None else args.compile
-        memory_format = set_fast_math(device)
-
         # everything that a user can get wrong fails here, before anything is written
+        device = distributed.init(args.device)
+        rank, world = distributed.rank(), distributed.world_size()
         config = options.build_config(args)
         check_flags(args, config)
         micro_batch, accumulate = divide_batch(args.batch_size, world, args.micro_batch)
         out = Path(args.out)
         how, start_path = distributed.from_main(lambda: find_start(args, out))
-        train_set, val_set = distributed.from_main(lambda: open_data(args))
-        terms = reconstruction_terms(args, device)
-        extra = options.Options(args, device)
-
-        # networks and optimizers
-        torch.manual_seed(args.seed)
-        model = build(config).to(device, memory_format=memory_format)
-        if args.freeze_encoder:
-            freeze_encoder(model)
-        ema = copy.deepcopy(model).requires_grad_(False).eval() if args.ema_decay else None
-        disc = None
-        if args.disc != "none":
-            disc = build_discriminator(args.disc, args.in_channels, args.res)
-            disc = disc.to(device, memory_format=memory_format)
-        extra.watch(model, ema, disc)
-        matrices, others = split_parameters(model) if args.optimizer == "muon" else ([], trainable(model))
-        opt = adam(others, args.lr_scaling)
-        opt_muon = Muon(matrices, args.lr) if matrices else None
-        opt_disc = adam(trainable(disc)) if disc else None
-        nets = {"model": model, "ema": ema, "disc": disc, "lecam": extra.lecam}
-        optimizers = {"opt": opt, "opt_muon": opt_muon, "opt_disc": opt_disc}
+        train_set, val_set = distributed.from_main(lambda: open_data(args, config))
+        trainer = Trainer(args, config, device)
 
         # resume or initialise
         state, start = None, 0
@@ -507,10 +712,10 @@ def main() -> None:
             checkpoint.check_config(state, config, start_path)
             print0(f"{how}: {start_path}, step {state['step']}")
         if how == "resume":
-            resume(state, start_path, args, nets, optimizers)
+            resume(state, start_path, args, trainer.nets, trainer.optimizers)
             start = state["step"]
         elif how == "init":
-            init(state, start_path, args, nets)
+            init(state, start_path, args, trainer.nets)
         lines, validated, best = distributed.from_main(lambda: history(out, start))
         if start > args.steps or start == args.steps and validated:
             print0(f"done: {start_path} has {start} of --steps {args.steps}")
@@ -520,171 +725,71 @@ def main() -> None:
         state = None                                      # the networks have copies
 
         # loaders
-        batches = data.GlobalBatchSampler(
-            micro_batch, accumulate, distributed.rank(), world, start, args.steps
-        )
-        train_loader = data.train_loader(train_set, batches, args.num_workers, device)
-        val_loader = data.val_loader(
-            val_set, micro_batch, args.num_workers, device, distributed.rank(), world
-        )
+        sampler = data.GlobalBatchSampler(micro_batch, accumulate, rank, world, start, args.steps)
+        train_loader = data.train_loader(train_set, sampler, args.num_workers, device)
+        val_loader = data.val_loader(val_set, micro_batch, args.num_workers, device, rank, world)
         out.mkdir(parents=True, exist_ok=True)
         log = Log(out, lines, start)
 
+    model, ema, disc = trainer.model, trainer.ema, trainer.disc
     print0(f"parameters: encoder {count_parameters(model.encoder):,}, decoder "
            f"{count_parameters(model.decoder):,}, discriminator {count_parameters(disc) if disc else 0:,}")
     print0(f"batch: {args.batch_size} images = {world} processes x {accumulate} x {micro_batch}")
-    print0(f"device: {device}, {precision}, {'compiled' if compiled else 'eager'}; output: {out}")
+    mode = "compiled" if trainer.compiled else "eager"
+    print0(f"device: {device}, {trainer.precision}, {mode}; output: {out}")
 
-    # wrap last and once: model, ema and disc stay bare, so state dicts never have a prefix
-    ddp_model = wrap(torch.compile(model) if compiled else model)
-    fast_disc = torch.compile(disc) if compiled and disc else disc
-    ddp_disc = wrap(fast_disc) if disc else None
-    # a compiled network cannot be backpropagated through twice, as the adaptive weight does
-    judge = disc if args.adaptive_weight else fast_disc
-    latent_shape = (config.latent_channels, *[args.res // config.downsample_factor] * 2)
+    trainer.prepare([sampler.rows(micro) for micro in range(accumulate)], inherited=bool(about["parent"]))
     broken: set[str] = set()                              # files named so far
-    train_batches = data.report_broken(train_loader, broken)
-    skipped, stopping, overdue, received = 0, False, False, catch_signals()
-    watch, grey = Watch(print0), None
+    batches = data.report_broken(train_loader, broken)
+    received, overdue, watch, grey = catch_signals(), False, Watch(print0), None
     bar = tqdm(range(start, args.steps + 1), initial=start, total=args.steps, dynamic_ncols=True,
                disable=not distributed.is_main())
+    progress = Progress(log, watch, bar)
 
     for step in bar:                                      # one turn more than updates: save, evaluate, stop
         done, last = step + 1, step == args.steps
 
         # save; after a skipped step, wait for a finite one
         overdue = step > start and (overdue or last or step % args.save_every == 0)
-        if stopping or overdue and (last or not skipped):
+        if progress.stopping or overdue and (last or not progress.skipped):
             if distributed.is_main():
-                state = {"step": step, **about, **states({**nets, **optimizers})}
+                state = {"step": step, **about, **trainer.states()}
                 checkpoint.save(out, state, args.keep)
                 checkpoint.save_weights(out / "model.pt", state)
             overdue = False
-        if stopping:
+        if progress.stopping:
             break
 
         # evaluate on all ranks; the log line comes last, since a resumed run relies on it
         if step > 0 and (last or step % args.eval_every == 0) and (step > start or not validated):
-            scores = validate(nets, val_loader, broken, device, autocast)
-            x = show(step, ema or model, val_loader, device, autocast, log)
+            scores = validate(trainer.nets, val_loader, broken, device, trainer.autocast)
+            x = show(step, ema or model, val_loader, device, trainer.autocast, log)
             if x is not None and disc and step > args.disc_start + args.disc_warmup:
-                with autocast:
-                    scores["adaptive_weight"] = extra.would_be_weight(terms, x[:micro_batch], disc)
+                with trainer.autocast:
+                    weight = trainer.extra.would_be_weight(trainer.terms, x[:micro_batch], disc)
+                scores["adaptive_weight"] = weight
             if best_by(scores) > best:
                 best = best_by(scores)
                 if distributed.is_main():
                     state = {"step": step, **about, "val_psnr": best, **states({"model": model, "ema": ema})}
                     checkpoint.save_weights(out / "best.pt", state)
             if grey is None:
-                shown = data.report_broken(val_loader, broken)
-                grey = metrics.evaluate(Grey(), shown, device)["psnr"]
+                grey = metrics.evaluate(Grey(), data.report_broken(val_loader, broken), device)["psnr"]
             watch.validation(step, scores["val_psnr"], grey)
             log.scalars(step, scores)
             print0(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
         if last:
             break
 
-        # whose turn it is, learning rates, noise
-        train_disc = disc is not None and step >= args.disc_start
-        adversarial = train_disc and step >= args.disc_start + args.disc_warmup
-        update_model, train_disc = extra.turns(step, train_disc)
-        factor = lr_factor(step, args.warmup, args.schedule, args.steps)
-        for optimizer in filter(None, (opt, opt_muon)):
-            set_rate(optimizer, args.lr * factor)
-        noise = torch.randn(args.batch_size, *latent_shape, generator=seeded(args.seed, step, NOISE))
-        extra.begin(step, noise)
-        logged: dict[str, Tensor] = {}                    # means over micro-batches, on the device
-        pairs = []                                        # (x, recon) per micro-batch, for the discriminator
-
-        # 1. gradients of the autoencoder: reconstruction + kl KL + disc adversarial
-        if disc:
-            disc.requires_grad_(False)                    # this half gives the discriminator no gradient
-        for micro in range(accumulate):
-            rows = batches.rows(micro)
-            x = data.to_float(next(train_batches).to(device, non_blocking=True))
-            x = x.contiguous(memory_format=memory_format)
-            z_noise = noise[rows].to(device)
-            extra.micro_batch(step, rows)
-            with no_sync(ddp_model, micro == accumulate - 1), torch.set_grad_enabled(update_model):
-                with autocast:
-                    recon, posterior, features = ddp_model(x, z_noise, with_features=True)
-                    parts = {name: term(x, recon) for name, _, term in terms}
-                    rec = sum(weight * parts[name] for name, weight, _ in terms)
-                    rec = rec + extra.reconstruction(parts, x, recon, z_noise)
-                    if config.codebook_size:
-                        parts["loss"] = rec + extra.codebook(parts, posterior, rows)
-                    else:
-                        parts["kl"] = losses.kl_loss(*posterior)
-                        parts["loss"] = rec + args.kl_weight * parts["kl"]
-                    if adversarial and update_model:
-                        parts["adv"] = losses.adv_loss(args.disc_loss, judge(recon))
-                        parts["disc_weight"] = extra.disc_weight(rec, parts["adv"], recon, features)
-                        parts["loss"] = parts["loss"] + parts["disc_weight"] * parts["adv"]
-                if update_model:
-                    (parts["loss"] / accumulate).backward()
-            pairs.append((x, recon.detach()))
-            parts["mse"] = losses.l2_loss(*pairs[-1])
-            add_means(logged, parts, accumulate)
-        if update_model:
-            logged["grad_norm"] = nn.utils.clip_grad_norm_(trainable(model), args.clip or math.inf)
-
-        # 2. gradients of the discriminator: its loss on the same x and recon
-        if train_disc:
-            since = args.disc_start                       # its learning rate warms up from here
-            disc_factor = lr_factor(step - since, args.warmup, args.schedule, args.steps - since)
-            set_rate(opt_disc, args.disc_lr * disc_factor)
-            disc.requires_grad_(True)
-            update_spectral_norm(disc)
-            for micro, (x, recon) in enumerate(pairs):
-                with no_sync(ddp_disc, micro == accumulate - 1):
-                    with autocast:
-                        real, fake = ddp_disc(x), ddp_disc(recon)
-                        parts = {"disc": losses.disc_loss(args.disc_loss, real, fake)}
-                        rows = batches.rows(micro)
-                        penalties = extra.penalties(parts, disc, ddp_disc, step, rows, x, recon, real, fake)
-                        loss = parts["disc"] + penalties
-                    (loss / accumulate).backward()
-                add_means(logged, parts | losses.disc_health(real[0], fake[0]), accumulate)
-            logged["disc_grad_norm"] = nn.utils.clip_grad_norm_(trainable(disc), args.clip or math.inf)
-
-        # 3. update both networks or neither: if one number on one rank is not finite, no rank moves
-        logged["signal"] = torch.tensor(float(bool(received)), device=device)
-        means = distributed.mean(torch.stack([value.float() for value in logged.values()])).tolist()
-        values = dict(zip(logged, means, strict=True))
-        stopping = values.pop("signal") > 0               # a signal on one rank stops all after this step
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        skipped = skipped + 1 if bad else 0
-        if not bad:
-            for optimizer in (opt, opt_muon) if update_model else ():
-                if optimizer:
-                    optimizer.step()
-            if train_disc:
-                opt_disc.step()
-            values |= extra.update(update_model, train_disc)
-            if ema and update_model:
-                # a new phase inherits an average; a random start is better forgotten
-                decay = args.ema_decay if about["parent"] else ema_decay(step, args.ema_decay)
-                update_average(ema, model, decay, step)
-        for optimizer in filter(None, optimizers.values()):
-            optimizer.zero_grad(set_to_none=True)
-
-        # log
-        if bad:
-            log.line(done, {"skipped": bad})
-            print0(f"step {done} skipped, not finite: {', '.join(bad)}")
-        elif extra.logged(done) or done == args.steps:
-            values["batch_psnr"] = 10 * math.log10(4 / max(values.pop("mse"), 1e-10))
-            log.scalars(done, {**values, "lr": args.lr * factor})
-            bar.set_postfix(loss=f"{values['loss']:.4f}", psnr=f"{values['batch_psnr']:.2f}")
-        if update_model and not bad:
-            watch.gradient(done, values["grad_norm"])
-        if skipped == MAX_SKIPPED:
-            saved = next(checkpoint.candidates(out), "none, as none was saved yet")
-            print0(f"error: {skipped} steps in a row were not finite; lower --lr or set --clip, and go on "
-                   f"with --resume. Last good checkpoint: {saved}")
+        # train; numbers that decide about the next turn are read at once
+        numbers = trainer.step(step, batches, stop=bool(received))
+        logged = trainer.extra.logged(done) or done == args.steps
+        turn = overdue or done % args.save_every == 0 or done % args.eval_every == 0
+        progress.add(numbers, logged, now=logged or turn)
+        if progress.skipped >= MAX_SKIPPED:
             break
 
-    finish(log, broken, skipped, stopping, step, out)
+    finish(progress, broken, step, out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The log of a run, log.jsonl and tensorboard, and what a resumed run reads from it."""
+"""The log of a run, log.jsonl and tensorboard: what enters it, and what a resumed run reads from it."""
 
 import json
 import math
@@ -10,6 +10,26 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from runtime import distributed
+
+
+class Numbers:
+    """The numbers of a training step on their way to the host; `read` waits for them.
+
+    done: the steps that are then done. values: one number for each name, on the device. known: numbers that
+    the host has already.
+    """
+
+    def __init__(self, done: int, names: list[str], values: Tensor, **known: float) -> None:
+        self.done, self.names, self.known, self.arrival = done, names, known, None
+        self.values = values.to("cpu", non_blocking=values.is_cuda)     # into pinned memory
+        if values.is_cuda:
+            self.arrival = torch.cuda.Event()
+            self.arrival.record()
+
+    def read(self) -> dict[str, float]:
+        if self.arrival:
+            self.arrival.synchronize()
+        return dict(zip(self.names, self.values.tolist(), strict=True)) | self.known
 
 
 class Log:

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-NOISE, CUTMIX, REVIVAL, DROPOUT = range(4)   # purposes; DROPOUT is last, since a row number is added to it
+CUTMIX, REVIVAL, DROPOUT = range(3)   # purposes; DROPOUT is last, since a row number is added to it
 
 
 def seeded(seed: int, step: int, purpose: int) -> torch.Generator:

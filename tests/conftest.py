@@ -61,7 +61,7 @@ class Run:
     @property
     def steps(self) -> list[dict]:
         """The lines of training steps, without those of validation."""
-        return [line for line in self.lines if "loss" in line]
+        return [line for line in self.lines if "batch_psnr" in line]
 
 
 def train_in(folder: Path, flags: str) -> Run:

@@ -316,7 +316,7 @@ def test_rescale_draws_every_short_side(tmp_path, monkeypatch):
 def test_extreme_sizes_train(tmp_path, size):
     """Thin strips and single pixels give full-sized samples."""
     picture(0, *size).save(tmp_path / "x.png")
-    image, broken = TrainSet(open_source(str(tmp_path)), 64, 0, rescale=(1, 2))[3]
+    image, _, broken = TrainSet(open_source(str(tmp_path)), 64, 0, rescale=(1, 2))[3]
     assert image.shape == (3, 64, 64) and broken == ()
 
 
@@ -498,7 +498,7 @@ def test_synthetic_source_is_pure_and_split():
     assert contents(train, 32) == contents(open_source("synthetic"), 32)
     assert len(set(contents(train, 32) + contents(val, 32))) == 104
     assert contents(val, 32) == contents(open_source("synthetic", held_out=True), 32)[:4]
-    image, broken = TrainSet(train, 32, 0, rescale=(1, 2))[7]
+    image, _, broken = TrainSet(train, 32, 0, rescale=(1, 2))[7]
     assert image.shape == (3, 32, 32) and broken == ()
 
 
@@ -589,7 +589,7 @@ def test_val_folder_beside_train(tmp_path):
 
 def loaded(samples: TrainSet, workers: int, batches: GlobalBatchSampler | None = None) -> list[torch.Tensor]:
     batches = batches or GlobalBatchSampler(3, 1, 0, 1, 0, steps=4)
-    return [batch for batch, _ in data.train_loader(samples, batches, workers, "cpu")]
+    return [images for (images, _), _ in data.train_loader(samples, batches, workers, "cpu")]
 
 
 def test_sample_is_a_pure_function_of_seed_and_number(tmp_path):
@@ -605,6 +605,21 @@ def test_sample_is_a_pure_function_of_seed_and_number(tmp_path):
         assert torch.equal(torch.cat(batches), torch.stack(forward))
     assert len({image.numpy().tobytes() for image in forward}) == 12    # 6 images, two epochs, other crops
     assert not torch.equal(TrainSet(open_source(root), **options | {"seed": 6})[0][0], forward[0])
+
+
+def test_noise_belongs_to_its_sample(tmp_path):
+    """Sample k has its own N(0, 1) noise, the same in any order and worker; other seeds give others."""
+    source = open_source(grey_folder(tmp_path / "grey", 4))
+    samples = TrainSet(source, 8, seed=5, latent_shape=(12, 16, 16))
+    noise = torch.stack([samples[k][1] for k in reversed(range(12))]).flip(0)
+    batches = GlobalBatchSampler(3, 1, 0, 1, 0, steps=4)
+    for workers in (0, 2):
+        loader = data.train_loader(samples, batches, workers, "cpu")
+        assert torch.equal(torch.cat([drawn for (_, drawn), _ in loader]), noise)
+    assert len({row.numpy().tobytes() for row in noise}) == 12          # 4 images, three epochs
+    assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.02    # 36,864 numbers: 6 sigma
+    other = TrainSet(source, 8, seed=6, latent_shape=(12, 16, 16))[0][1]
+    assert abs(torch.corrcoef(torch.stack([other.flatten(), *noise.flatten(1)])) - torch.eye(13)).max() < 0.1
 
 
 def test_epoch_shows_every_image_once(tmp_path):
@@ -625,12 +640,12 @@ def test_broken_files_give_way_to_others(tmp_path):
     (tmp_path / "dangling.jpg").symlink_to(tmp_path / "nowhere.jpg")
     source = open_source(str(tmp_path))
     items = [TrainSet(source, 12, seed=0)[k] for k in range(len(source))]
-    named = {message.split(": ")[0] for _, broken in items for message in broken}
+    named = {message.split(": ")[0] for _, _, broken in items for message in broken}
     assert named == {str(path) for path in tmp_path.glob("broken*")} | {str(tmp_path / "dangling.jpg")}
     again = [TrainSet(source, 12, seed=0)[k] for k in range(len(source))]
-    assert all(torch.equal(a[0], b[0]) and a[1] == b[1] for a, b in zip(items, again, strict=True))
-    batch, broken = data.collate(items[:5])
-    assert batch.shape == (5, 3, 12, 12) and broken == [m for _, messages in items[:5] for m in messages]
+    assert all(torch.equal(a[0], b[0]) and a[2] == b[2] for a, b in zip(items, again, strict=True))
+    (batch, _), broken = data.collate_train(items[:5])
+    assert batch.shape == (5, 3, 12, 12) and broken == [m for _, _, messages in items[:5] for m in messages]
 
 
 def test_file_deleted_during_the_run_is_reported(tmp_path):
@@ -760,7 +775,7 @@ def test_workers_read_archives_however_they_start(tmp_path, method):
     expected = loaded(TrainSet(source, 12, 0), 0)
     loader = data.train_loader(TrainSet(source, 12, 0), GlobalBatchSampler(3, 1, 0, 1, 0, 4), 1, "cpu")
     loader.multiprocessing_context = method
-    assert all(torch.equal(batch, other) for (batch, _), other in zip(loader, expected, strict=True))
+    assert all(torch.equal(batch, other) for ((batch, _), _), other in zip(loader, expected, strict=True))
 
 
 def test_workers_outlive_ctrl_c(tmp_path):

@@ -291,7 +291,7 @@ def launch(folder: Path, flags: str, *options: str) -> subprocess.Popen:
 ], ids=["SIGTERM", "SIGUSR1", "SIGINT"])  # fmt: skip
 def test_stop_signal_under_torchrun(tmp_path, number, options):
     """torchrun hands it to both processes, one good checkpoint is saved, and the resumed run is exact."""
-    flags = f"{FLAGS} --steps 8 --save-every 99 --eval-every 99"
+    flags = f"{FLAGS} --steps 8 --batch-size 2 --save-every 99 --eval-every 99"
     whole = torchrun(tmp_path, f"train.py {flags} --out whole")
     assert whole.returncode == 0, whole.stderr
     process = launch(tmp_path, f"train.py {flags}", *TWO, *options)
@@ -334,7 +334,7 @@ torch.save(nets[0].state_dict(), "weights-" + os.environ["RANK"] + ".pth")
 def test_nan_on_one_rank_is_skipped_on_both(tmp_path):
     """The third step of rank 1 is NaN: nothing moves on either rank, all is finite, and the run goes on."""
     (tmp_path / "inject.py").write_text(INJECT.format(root=str(ROOT), steps=[2]))
-    flags = f"{FLAGS} --steps 5 --save-every 1 --keep 9 --eval-every 99"
+    flags = f"{FLAGS} --steps 5 --batch-size 2 --save-every 1 --keep 9 --eval-every 99"
     process = launch(tmp_path, f"{tmp_path}/inject.py {flags}", *TWO)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
@@ -351,7 +351,12 @@ def test_nan_on_one_rank_is_skipped_on_both(tmp_path):
     assert equal(*weights) and equal(weights[0], ill.state()["model"])
 
 
-def test_skipped_step_leaves_everything(tmp_path):
+@pytest.mark.parametrize("flags", [
+    "",
+    "--optimizer muon --log-every 5",
+    "--disc patch --cutmix 0 --lecam 0.1 --codebook-size 16 --codebook-update ema --log-every 5",
+], ids=["adam", "muon", "lecam and codebook"])  # fmt: skip
+def test_skipped_step_leaves_everything(tmp_path, flags):
     """Of a run whose last step is NaN the checkpoint is that of the step before, but for the step itself."""
     def ill() -> None:
         real = losses.l1_loss
@@ -360,10 +365,10 @@ def test_skipped_step_leaves_everything(tmp_path):
         train.lr_factor = lambda step, *rest: (state.update(step=step), factor(step, *rest))[1]
 
     state = {"step": 0}
-    flags = f"{FLAGS} --steps 3 --save-every 1 --keep 9 --eval-every 99"
+    flags = f"{FLAGS} --steps 3 --save-every 1 --keep 9 --eval-every 99 {flags}"
     assert run(tmp_path, flags, ill) == 0
     before, after = (Run(tmp_path / "run").state(f"ckpt-{step:08d}.pt") for step in (2, 3))
-    for name in ("model", "ema", "opt", "opt_disc"):
+    for name in ("model", "ema", "lecam", "opt", "opt_muon", "opt_disc"):
         assert equal(before[name], after[name]), name
 
 
@@ -499,7 +504,7 @@ def test_parent_is_recorded(tmp_path):
 @pytest.mark.slow
 def test_two_nodes(tmp_path):
     """Two torchrun agents that meet on loopback train as one process does on the joined batch."""
-    flags = f"--data synthetic {SMALL} --steps 2 --lr 0"
+    flags = f"--data synthetic {SMALL} --steps 2 --batch-size 4 --lr 0"
     port, agents = free_port(), []
     for node in (0, 1):
         options = ["--nnodes=2", f"--node-rank={node}", "--nproc_per_node=1", "--rdzv-backend=c10d",
@@ -508,7 +513,7 @@ def test_two_nodes(tmp_path):
     for agent in agents:
         said, _ = agent.communicate(timeout=120)
         assert agent.returncode == 0, said
-    assert run(tmp_path, f"{flags} --batch-size 4 --out one") == 0
+    assert run(tmp_path, f"{flags} --out one") == 0
     for line, expected in zip(Run(tmp_path / "run").lines, Run(tmp_path / "one").lines, strict=True):
         assert line == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
@@ -530,7 +535,8 @@ def test_slurm_script(tmp_path):
         "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": "7", "PYTHONPATH": str(ROOT),
         "MASTER_PORT": str(free_port()), "SLURM_CPUS_PER_TASK": "3",
     }  # fmt: skip
-    command = ["bash", str(ROOT / "slurm.sh"), *f"{FLAGS} --steps 20 --save-every 99 --eval-every 99".split()]
+    flags = f"{FLAGS} --steps 20 --batch-size 2 --save-every 99 --eval-every 99"
+    command = ["bash", str(ROOT / "slurm.sh"), *flags.split()]
     job = subprocess.Popen(command, cwd=tmp_path, env=env)
     wait_for_lines(tmp_path, 2)
     job.send_signal(signal.SIGUSR1)

@@ -114,6 +114,7 @@ def test_alternate(train_run):
         changed = {part for part in NETS if not same(old, new, part)}
         assert changed == ({"model", "ema", "opt"} if mine else {"disc", "opt_disc"}), step
         assert ("grad_norm" in run.steps[step]) == mine != ("disc_grad_norm" in run.steps[step])
+        assert ("loss" in run.steps[step]) == mine          # nor are the losses of the autoencoder computed
         assert ("adv" in run.steps[step]) == (mine and step >= 2)
     for name, updates in (("opt", 4), ("opt_disc", 2)):
         assert {slot["step"].item() for slot in states[-1][name]["state"].values()} == {updates}

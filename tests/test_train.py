@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,8 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.vgg import cfgs, make_layers
 from torchvision.transforms.functional import center_crop
 
@@ -24,6 +27,8 @@ import data
 import losses
 import train
 from runtime import sources
+from runtime.log import Log, Numbers
+from runtime.watch import Watch
 from variants.build import DISCRIMINATORS
 
 # everything at once: 5 steps, the discriminator trains from step 2 and is felt from step 3
@@ -76,17 +81,6 @@ def test_learning_rate():
 def test_ema_decay():
     """(1 + step) / (10 + step), and never more than the flag."""
     assert [train.ema_decay(step, 0.95) for step in (0, 8, 80, 171, 10**6)] == [0.1, 0.5, 0.9, 0.95, 0.95]
-
-
-def test_seeded_is_pure():
-    """The stream depends on (seed, step, purpose) alone, on each of them, and leaves torch's own alone."""
-    before = torch.get_rng_state()
-    streams = {key: torch.rand(4, generator=train.seeded(*key)).tolist()
-               for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0))}
-    assert torch.equal(before, torch.get_rng_state())
-    torch.manual_seed(7)
-    again = torch.rand(4, generator=train.seeded(0, 1, 0)).tolist()
-    assert again == streams[0, 1, 0] and len({tuple(stream) for stream in streams.values()}) == 5
 
 
 def test_precision_auto(monkeypatch):
@@ -469,6 +463,105 @@ def test_ema_switched_off_and_on(train_run):
     assert distance(expected, second["ema"]) < 1e-6
 
 
+# ---- what the host waits for ----------------------------------------------------------------------------
+
+
+class Waits(TorchFunctionMode):
+    """Collects the calls that would make the host wait for a GPU: reads of numbers, and blocking copies.
+
+    Some appear as functions of Python, others (`dispatched`) only below, as float(x) does.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.dispatched = Dispatched(self.found)
+
+    def __enter__(self):
+        self.dispatched.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        self.dispatched.__exit__(*error)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        ours = "site-packages" not in sys._getframe(1).f_code.co_filename     # torch moves within a device
+        moved = name == "to" and any(isinstance(arg, torch.device) for arg in (*args, *kwargs.values()))
+        if name in ("tolist", "numpy", "cpu", "cuda") or ours and moved and not kwargs.get("non_blocking"):
+            self.found.append(name)
+        return func(*args, **kwargs)
+
+
+class Dispatched(TorchDispatchMode):
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masked = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if masked or name in ("_local_scalar_dense", "lift_fresh", "nonzero", "masked_select", "equal"):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_waits_sees_them():
+    """The guard itself: ways to read a number or to bring one to the device, and none of a step's kind."""
+    x, cpu = torch.ones(2), torch.device("cpu")
+    for wait in (lambda: x[0].item(), lambda: bool(x.sum() > 1), lambda: torch.tensor(1.0), lambda: x[x > 0],
+                 lambda: [float(number) for number in x], lambda: x.tolist(), lambda: x.to(cpu)):
+        with Waits() as waits:
+            wait()
+        assert waits.found
+    with Waits() as waits:
+        torch.where(x > 0, x, 0).to(cpu, non_blocking=True)[:1].sum().add_(torch.full((), 2.0))
+    assert not waits.found
+
+
+@pytest.mark.parametrize("flags", [
+    "--disc unet-s --cutmix 0.5",
+    "--disc patch --lecam 0.1 --adaptive-weight --clip 1 --batch-size 4 --micro-batch 2 --disc-warmup 1",
+    "--disc patch --alternate --r1 1 --optimizer muon --dropout 0.1",
+    "--codebook-size 16 --codebook-update ema --conv1x1 --ldl-weight 0.1",
+], ids=["default", "adaptive", "alternate, muon", "codebook"])  # fmt: skip
+def test_a_step_never_waits(train_run, monkeypatch, flags):
+    """A step reads no number on the host and copies none to the device, with whatever it is composed of."""
+    step, found = train.Trainer.step, []
+
+    def watched(trainer, number, batches, stop):
+        loaded = iter([next(batches) for _ in trainer.rows])           # in this process here, as there are
+        with Waits() as waits:                                          # no workers
+            numbers = step(trainer, number, loaded, stop)
+        found.append(waits.found)
+        return numbers
+
+    monkeypatch.setattr(train.Trainer, "step", watched)
+    train_run(f"--res 64 {flags} --steps 3 --log-every 5")
+    assert found == [[], [], []]
+
+
+def test_numbers_are_read_a_step_late(tmp_path):
+    """The numbers of a step wait for the next one, unless they are wanted now or a signal came."""
+    log = Log(tmp_path, [], 0)
+    progress = train.Progress(log, Watch(print), SimpleNamespace(set_postfix=lambda **_: None))
+
+    def add(done, mse, stop=0.0, now=False):
+        values = torch.tensor([mse, stop])
+        progress.add(Numbers(done, ["mse", "stop"], values, lr=0.1), logged=now, now=now)
+        return len(progress.unread), progress.skipped, progress.stopping
+
+    ill = float("nan")
+    assert [add(1, ill), add(2, ill), add(3, 0.5)] == [(1, 0, False), (1, 1, False), (1, 2, False)]
+    assert add(4, 0.25, now=True) == (0, 0, False)
+    assert [add(5, 0.5, stop=0.5), add(6, 0.5)] == [(1, 0, False), (0, 0, True)]
+    log.close()
+    lines = Run(tmp_path).lines
+    assert lines[:2] == [{"step": 1, "skipped": ["mse"]}, {"step": 2, "skipped": ["mse"]}]
+    assert lines[2:] == [{"step": 4, "lr": 0.1, "batch_psnr": pytest.approx(10 * math.log10(16))}]
+
+
 # ---- several processes -------------------------------------------------------------------------------------
 
 
@@ -524,7 +617,7 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch):
     names = ("n01440764/a", "n01440764/b", "n01443537/c", "n01443537/d")
     write_images(tmp_path / "imagenet/train", [f"{name}.JPEG" for name in names], side=140)
     write_images(tmp_path / "imagenet/val", ["1.JPEG", "2.JPEG"], side=140)
-    command = "train.py --scale B --res 128 --steps 1 --batch-size 1 --lpips-weight 0"
+    command = "train.py --scale B --res 128 --steps 1 --batch-size 2 --lpips-weight 0"
     done = torchrun(tmp_path, command, IMAGENET="imagenet")
     assert done.returncode == 0, done.stderr
     assert "data: 4 images of imagenet/train; validation: 2 images of imagenet/val" in done.stdout

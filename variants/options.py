@@ -6,6 +6,9 @@ may differ from LiteVAE's. Without any of these flags the methods add nothing.
 
 import argparse
 import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 
 import torch
@@ -118,6 +121,7 @@ class Options:
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.args, self.device = args, device
         self.terms = reconstruction_terms(args, device)
+        self.weight = torch.tensor(args.disc_weight, device=device)
         self.lecam: regularisers.LeCam | None = None
         self.slots = self.table = self.boxes = None
         self.lecam_means: list[Tensor] = []
@@ -142,16 +146,22 @@ class Options:
 
     # ---- the autoencoder
 
-    def begin(self, step: int, latents: Tensor) -> None:
-        """Draws what a step needs, for a global batch of latents (B, Z, h, w)."""
-        args, positions = self.args, latents[:, 0]
+    def begin(self, step: int, positions: tuple[int, int, int]) -> None:
+        """Draws what a step needs, for a global batch of latents at positions (B, h, w)."""
+        args = self.args
         if args.codebook_size:
             generator = seeded(args.seed, step, REVIVAL)
-            slots = revival_slots(positions.numel(), args.codebook_size, generator)
-            self.slots, self.table = slots.view_as(positions), 0
+            slots = revival_slots(math.prod(positions), args.codebook_size, generator)
+            self.slots, self.table = self.send(slots.view(positions)), 0
         if args.cutmix:
-            self.boxes = torch.rand(len(latents), 4, generator=seeded(args.seed, step, CUTMIX))
+            boxes = torch.rand(positions[0], 4, generator=seeded(args.seed, step, CUTMIX))
+            self.boxes = self.send(boxes)
         self.lecam_means = []
+
+    def send(self, drawn: Tensor) -> Tensor:
+        """To the device, without waiting for it."""
+        pinned = drawn.pin_memory() if self.device.type == "cuda" else drawn
+        return pinned.to(self.device, non_blocking=True)
 
     def micro_batch(self, step: int, rows: slice) -> None:
         """Seeds dropout, the one layer that draws by itself."""
@@ -174,17 +184,15 @@ class Options:
     def codebook(self, parts: dict, posterior: Quantized, rows: slice) -> Tensor:
         """Weighted loss of the codebook, which stands in for the KL."""
         parts["vq"] = vq_loss(posterior)
-        slots = self.slots[rows].to(self.device)
-        self.table = self.table + self.model.quantizer.statistics(posterior, slots)
+        self.table = self.table + self.model.quantizer.statistics(posterior, self.slots[rows])
         return self.args.vq_weight * parts["vq"]
 
     def disc_weight(self, rec: Tensor, adv: Tensor, recon: Tensor, features: Tensor) -> Tensor:
         """--disc-weight; with --adaptive-weight times the ratio of last-layer gradients."""
-        weight = torch.tensor(self.args.disc_weight, device=self.device)
         if not self.args.adaptive_weight:
-            return weight
+            return self.weight
         gradients = [last_layer_gradient(part, recon, features, self.model.decoder) for part in (rec, adv)]
-        return weight * adaptive_weight(*map(distributed.mean, gradients))
+        return self.weight * adaptive_weight(*map(distributed.mean, gradients))
 
     def would_be_weight(self, terms: list[tuple], x: Tensor, disc: nn.Module) -> float:
         """What --adaptive-weight would make of --disc-weight on images x, for the log (paper Fig. 7).
@@ -210,8 +218,8 @@ class Options:
         """Weighted sum of CutMix, LeCam and R1, given the logits; `wrapped` is `disc` in DDP."""
         args, total = self.args, 0
         if args.cutmix:
-            mask = regularisers.cutmix_mask(self.boxes[rows].to(self.device), *x.shape[-2:])
-            mixed = wrapped(mask * x + (1 - mask) * recon)
+            mask = regularisers.cutmix_mask(self.boxes[rows], *x.shape[-2:])
+            mixed = wrapped(torch.where(mask > 0, x.to(recon.dtype), recon))
             parts["cutmix"] = regularisers.cutmix_loss(mask, mixed[0], real[0], fake[0])
             total = total + args.cutmix * parts["cutmix"]
         if self.lecam:
@@ -225,14 +233,25 @@ class Options:
 
     # ---- after the updates
 
-    def update(self, model_moved: bool, disc_moved: bool) -> dict[str, float]:
-        """LeCam's averages and the codebook; returns what the log shows of them."""
-        if disc_moved and self.lecam:
-            self.lecam.update(*distributed.mean(torch.stack(self.lecam_means).mean(dim=0)))
-        if model_moved and self.args.codebook_size and not self.args.freeze_encoder:
-            shown = self.model.quantizer.update(distributed.sum_(self.table))
-            return {name: float(value) for name, value in shown.items()}
+    def update(self, model_moves: bool, disc_moves: bool, failed: Tensor) -> dict[str, Tensor]:
+        """LeCam's averages and the codebook, unless `failed` is 1; returns what the log shows of them."""
+        if disc_moves and self.lecam:
+            with undone_if(failed, self.lecam):
+                self.lecam.update(*distributed.mean(torch.stack(self.lecam_means).mean(dim=0)))
+        if model_moves and self.args.codebook_size and not self.args.freeze_encoder:
+            with undone_if(failed, self.model.quantizer):
+                return self.model.quantizer.update(distributed.sum_(self.table))
         return {}
+
+
+@contextmanager
+def undone_if(failed: Tensor, module: nn.Module) -> Iterator[None]:
+    """Gives a module's parameters and buffers their old values back at the end, if `failed` is 1."""
+    state = [tensor.detach() for tensor in (*module.parameters(), *module.buffers())]
+    before = [tensor.clone() for tensor in state]
+    yield
+    for tensor, old in zip(state, before, strict=True):
+        tensor.copy_(torch.where(failed > 0, old, tensor))
 
 
 def reconstruction_terms(args: argparse.Namespace, device: torch.device) -> list[tuple]:
