@@ -1,4 +1,6 @@
-"""Checkpoints: one dict of plain types and tensors, written so that a crash never leaves a partial file.
+"""Checkpoints, and how a run starts from one.
+
+A checkpoint is a dict of plain types and tensors, written so that a crash never leaves a partial file:
 
     step, config (variants.config.AutoencoderConfig as a dict), args (the flags), versions, git, data, parent,
     model, ema, disc, lecam, opt, opt_muon, opt_disc
@@ -7,6 +9,7 @@
 architecture flags are not needed again. An inference file has only the first line and ema (or model).
 """
 
+import argparse
 import os
 import subprocess
 import zipfile
@@ -14,9 +17,12 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from model import Autoencoder
+from runtime import sources
+from runtime.distributed import print0
 from variants.build import build
 from variants.config import AutoencoderConfig
 
@@ -171,3 +177,98 @@ def git_hash() -> str | None:
     except FileNotFoundError:
         return None
     return done.stdout.strip() or None
+
+
+# ----------------------------------------------------------------------------
+# how a run starts: afresh, where it stopped, or from an earlier phase
+
+def find_start(args: argparse.Namespace, out: Path) -> tuple[str, Path | None]:
+    """What to start from: ("resume" or "init", checkpoint) or ("", None); ValueError if --out is taken."""
+    taken = next(candidates(out), None)
+    if args.resume and args.resume != "latest":
+        path = Path(args.resume)
+        if taken and path.resolve().parent != out.resolve():
+            raise ValueError(f"{out} already holds another run than {path}: choose another --out")
+        return "resume", path
+    if args.resume and taken:
+        path, damaged = newest(out)
+        for line in damaged:
+            print0(f"note: {line}")
+        return "resume", path
+    if taken:
+        raise ValueError(f"{out} already holds a run: go on with --resume, or choose another --out")
+    if args.resume:
+        print0(f"resume: nothing saved in {out} yet, starting at step 0")
+    return ("init", Path(args.init)) if args.init else ("", None)
+
+
+BEFORE = {"optimizer": "adam", "lr_scaling": "none"}      # checkpoints from before these flags
+
+
+def resume(state: dict, path: Path, args: argparse.Namespace, nets: dict, optimizers: dict) -> None:
+    """Fill everything from a checkpoint of the same run; flags that do not change the networks may differ."""
+    for name in ("disc", "freeze_encoder", "optimizer", "lr_scaling"):
+        saved, wanted = (BEFORE | state["args"])[name], getattr(args, name)
+        if saved != wanted:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{path} was trained with {name}={saved}, the flags ask for {wanted}: "
+                             f"set {flag} as it was, or start a new phase with --init")
+    if "opt" not in state:
+        raise ValueError(f"{path} has weights alone: start a new phase from it with --init")
+    check_batch(state["args"], path, args)
+    for name, now in vars(args).items():
+        before = state["args"].get(name)
+        if before != now and name not in ("resume", "init"):
+            print0(f"resume: --{name.replace('_', '-')} was {before} and is now {now}")
+    for name, net in nets.items():
+        # a run may gain an EMA, which then starts from the weights, or LeCam
+        weights = state[name] or (state["model"] if name == "ema" else None)
+        if net and weights:
+            load_weights(net, weights, path)
+    for name, optimizer in optimizers.items():
+        if optimizer:
+            optimizer.load_state_dict(state[name])
+            for p, slot in optimizer.state.items():       # fused Adam wants the strides of the parameter
+                slot |= {key: torch.empty_like(p).copy_(t) for key, t in slot.items() if t.shape == p.shape}
+
+
+def check_batch(saved: dict, path: Path, args: argparse.Namespace) -> None:
+    """ValueError if a resumed run would go on with another global batch, unless --allow-batch-change."""
+    if args.allow_batch_change:
+        return
+    if "accumulate" in saved:                             # from before --batch-size meant all processes
+        raise ValueError(f"{path} was trained with {saved['batch_size']} x {saved['accumulate']} images in "
+                         "each process: set --batch-size to that times its processes, with "
+                         "--allow-batch-change")
+    if saved["batch_size"] != args.batch_size:
+        raise ValueError(f"{path} was trained with --batch-size {saved['batch_size']}, not "
+                         f"{args.batch_size}: set it as it was, or give --allow-batch-change")
+
+
+def init(state: dict, path: Path, args: argparse.Namespace, nets: dict) -> None:
+    """Fill the networks from a checkpoint of an earlier phase, or from a file of averaged weights alone.
+
+    With a frozen encoder both go on from the average, so that the latents stay those of the parent.
+    """
+    average = state.get("ema") or state["model"]
+    weights = {"model": average if args.freeze_encoder else state.get("model") or average, "ema": average}
+    for name in weights:
+        if nets[name]:
+            load_weights(nets[name], weights[name], path)
+    if nets["disc"] and state.get("disc") and state["args"]["disc"] == args.disc:
+        load_weights(nets["disc"], state["disc"], path)
+        if nets["lecam"] and state["lecam"]:
+            load_weights(nets["lecam"], state["lecam"], path)
+    elif nets["disc"]:
+        print0(f"init: the discriminator {args.disc} starts afresh, {path} has none of its kind")
+
+
+def provenance(how: str, state: dict | None, path: Path | None, source: sources.Source) -> dict:
+    """Where a checkpoint comes from: code, data, and the phase before it, with its own provenance."""
+    parent = state.get("parent") if state else None
+    if how == "init":
+        about = {name: state.get(name) for name in ("step", "args", "versions", "git", "data", "parent")}
+        parent = {"path": str(path), **about}
+    versions = {"torch": str(torch.__version__), "numpy": np.__version__}
+    return {"versions": versions, "git": git_hash(), "data": sources.summary(source),
+            "parent": parent}

@@ -9,20 +9,18 @@ images of all processes, so the run does not depend on the number of GPUs. All r
 step, sample), so resuming needs only the step and is exact to the bit.
 
 Exit codes: 0 done; 1 the run failed; 2 the set-up was rejected; 75 stopped by SIGTERM, SIGINT or SIGUSR1
-after the current step, and saved (--resume continues). A second SIGINT ends the run at once.
+within two steps, and saved (--resume continues). A second SIGINT ends the run at once.
 """
 
 import argparse
 import copy
 import math
 import sys
-from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -39,7 +37,7 @@ from optimizers import Muon, adam, set_rate, split_parameters
 from runtime import cli, distributed, sources
 from runtime.distributed import print0
 from runtime.failures import STOPPED, catch_signals, failures
-from runtime.log import Log, Numbers, best_by, history
+from runtime.log import Log, Numbers, Progress, best_by, history
 from runtime.watch import Watch
 from runtime.weights import load_vgg
 from variants import options
@@ -278,98 +276,6 @@ def reconstruction_terms(args: argparse.Namespace, device: torch.device) -> list
         vgg = distributed.from_main(lambda: load_vgg(args.vgg_file))
         terms.append(("lpips", args.lpips_weight, losses.LPIPS(vgg).to(device)))
     return [term for term in terms if term[1]]
-
-
-def find_start(args: argparse.Namespace, out: Path) -> tuple[str, Path | None]:
-    """What to start from: ("resume" or "init", checkpoint) or ("", None); ValueError if --out is taken."""
-    taken = next(checkpoint.candidates(out), None)
-    if args.resume and args.resume != "latest":
-        path = Path(args.resume)
-        if taken and path.resolve().parent != out.resolve():
-            raise ValueError(f"{out} already holds another run than {path}: choose another --out")
-        return "resume", path
-    if args.resume and taken:
-        path, damaged = checkpoint.newest(out)
-        for line in damaged:
-            print0(f"note: {line}")
-        return "resume", path
-    if taken:
-        raise ValueError(f"{out} already holds a run: go on with --resume, or choose another --out")
-    if args.resume:
-        print0(f"resume: nothing saved in {out} yet, starting at step 0")
-    return ("init", Path(args.init)) if args.init else ("", None)
-
-
-BEFORE = {"optimizer": "adam", "lr_scaling": "none"}      # checkpoints from before these flags
-
-
-def resume(state: dict, path: Path, args: argparse.Namespace, nets: dict, optimizers: dict) -> None:
-    """Fill everything from a checkpoint of the same run; flags that do not change the networks may differ."""
-    for name in ("disc", "freeze_encoder", "optimizer", "lr_scaling"):
-        saved, wanted = (BEFORE | state["args"])[name], getattr(args, name)
-        if saved != wanted:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{path} was trained with {name}={saved}, the flags ask for {wanted}: "
-                             f"set {flag} as it was, or start a new phase with --init")
-    if "opt" not in state:
-        raise ValueError(f"{path} has weights alone: start a new phase from it with --init")
-    check_batch(state["args"], path, args)
-    for name, now in vars(args).items():
-        before = state["args"].get(name)
-        if before != now and name not in ("resume", "init"):
-            print0(f"resume: --{name.replace('_', '-')} was {before} and is now {now}")
-    for name, net in nets.items():
-        # a run may gain an EMA, which then starts from the weights, or LeCam
-        weights = state[name] or (state["model"] if name == "ema" else None)
-        if net and weights:
-            checkpoint.load_weights(net, weights, path)
-    for name, optimizer in optimizers.items():
-        if optimizer:
-            optimizer.load_state_dict(state[name])
-            for p, slot in optimizer.state.items():       # fused Adam wants the strides of the parameter
-                slot |= {key: torch.empty_like(p).copy_(t) for key, t in slot.items() if t.shape == p.shape}
-
-
-def check_batch(saved: dict, path: Path, args: argparse.Namespace) -> None:
-    """ValueError if a resumed run would go on with another global batch, unless --allow-batch-change."""
-    if args.allow_batch_change:
-        return
-    if "accumulate" in saved:                             # from before --batch-size meant all processes
-        raise ValueError(f"{path} was trained with {saved['batch_size']} x {saved['accumulate']} images in "
-                         "each process: set --batch-size to that times its processes, with "
-                         "--allow-batch-change")
-    if saved["batch_size"] != args.batch_size:
-        raise ValueError(f"{path} was trained with --batch-size {saved['batch_size']}, not "
-                         f"{args.batch_size}: set it as it was, or give --allow-batch-change")
-
-
-def init(state: dict, path: Path, args: argparse.Namespace, nets: dict) -> None:
-    """Fill the networks from a checkpoint of an earlier phase, or from a file of averaged weights alone.
-
-    With a frozen encoder both go on from the average, so that the latents stay those of the parent.
-    """
-    average = state.get("ema") or state["model"]
-    weights = {"model": average if args.freeze_encoder else state.get("model") or average, "ema": average}
-    for name in weights:
-        if nets[name]:
-            checkpoint.load_weights(nets[name], weights[name], path)
-    if nets["disc"] and state.get("disc") and state["args"]["disc"] == args.disc:
-        checkpoint.load_weights(nets["disc"], state["disc"], path)
-        if nets["lecam"] and state["lecam"]:
-            checkpoint.load_weights(nets["lecam"], state["lecam"], path)
-    elif nets["disc"]:
-        print0(f"init: the discriminator {args.disc} starts afresh, {path} has none of its kind")
-
-
-def provenance(how: str, state: dict | None, path: Path | None, train_set: data.TrainSet) -> dict:
-    """Where a checkpoint comes from: code, data, and the phase before it, with its own provenance."""
-    parent = state.get("parent") if state else None
-    if how == "init":
-        about = {name: state.get(name) for name in ("step", "args", "versions", "git", "data", "parent")}
-        parent = {"path": str(path), **about}
-    versions = {"torch": str(torch.__version__), "numpy": np.__version__}
-    return {"versions": versions, "git": checkpoint.git_hash(), "data": sources.summary(train_set.source),
-            "parent": parent}
 
 
 def freeze_encoder(model: nn.Module) -> None:
@@ -635,42 +541,6 @@ def states(parts: dict) -> dict:
     return {name: part.state_dict() if part else None for name, part in parts.items()}
 
 
-class Progress:
-    """Reads the numbers of steps, logs them, and decides from them whether to stop.
-
-    The device may still be at work on the last step, so its numbers are read after the next one, or at once
-    if they are wanted `now`.
-    """
-
-    def __init__(self, log: Log, watch: Watch, bar: tqdm) -> None:
-        self.log, self.watch, self.bar = log, watch, bar
-        self.unread: deque[tuple[Numbers, bool]] = deque()
-        self.skipped = 0                                  # steps in a row that were not finite
-        self.stopping = False                             # a signal on one process stops all
-
-    def add(self, numbers: Numbers, logged: bool, now: bool) -> None:
-        self.unread.append((numbers, logged))
-        while self.unread and (now or self.stopping or len(self.unread) > 1):
-            self.read(*self.unread.popleft())
-
-    def read(self, numbers: Numbers, logged: bool) -> None:
-        values = numbers.read()
-        self.stopping |= values.pop("stop") > 0
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        self.skipped = self.skipped + 1 if bad else 0
-        if bad:
-            self.log.line(numbers.done, {"skipped": bad})
-            print0(f"step {numbers.done} skipped, not finite: {', '.join(bad)}")
-            return
-        if "grad_norm" in values:
-            self.watch.gradient(numbers.done, values["grad_norm"])
-        if logged:
-            values["batch_psnr"] = 10 * math.log10(4 / max(values.pop("mse"), 1e-10))
-            self.log.scalars(numbers.done, values)
-            if "loss" in values:
-                self.bar.set_postfix(loss=f"{values['loss']:.4f}", psnr=f"{values['batch_psnr']:.2f}")
-
-
 def finish(progress: Progress, broken: set[str], step: int, out: Path) -> None:
     """The last lines of a run, and its exit code."""
     progress.log.close()
@@ -701,7 +571,7 @@ def main() -> None:
         check_flags(args, config)
         micro_batch, accumulate = divide_batch(args.batch_size, world, args.micro_batch)
         out = Path(args.out)
-        how, start_path = distributed.from_main(lambda: find_start(args, out))
+        how, start_path = distributed.from_main(lambda: checkpoint.find_start(args, out))
         train_set, val_set = distributed.from_main(lambda: open_data(args, config))
         trainer = Trainer(args, config, device)
 
@@ -712,16 +582,17 @@ def main() -> None:
             checkpoint.check_config(state, config, start_path)
             print0(f"{how}: {start_path}, step {state['step']}")
         if how == "resume":
-            resume(state, start_path, args, trainer.nets, trainer.optimizers)
+            checkpoint.resume(state, start_path, args, trainer.nets, trainer.optimizers)
             start = state["step"]
         elif how == "init":
-            init(state, start_path, args, trainer.nets)
+            checkpoint.init(state, start_path, args, trainer.nets)
         lines, validated, best = distributed.from_main(lambda: history(out, start))
         if start > args.steps or start == args.steps and validated:
             print0(f"done: {start_path} has {start} of --steps {args.steps}")
             return distributed.cleanup()
         about = {"config": asdict(config), "args": vars(args)}
-        about |= distributed.from_main(lambda: provenance(how, state, start_path, train_set))
+        source = train_set.source
+        about |= distributed.from_main(lambda: checkpoint.provenance(how, state, start_path, source))
         state = None                                      # the networks have copies
 
         # loaders

@@ -1,15 +1,19 @@
-"""The log of a run, log.jsonl and tensorboard: what enters it, and what a resumed run reads from it."""
+"""What a run learns from its own numbers: reading them off the device, the log, and when to stop."""
 
 import json
 import math
+from collections import deque
 from pathlib import Path
 
 import torch
 import torchvision
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from runtime import distributed
+from runtime.distributed import print0
+from runtime.watch import Watch
 
 
 class Numbers:
@@ -73,6 +77,42 @@ class Log:
         if self.file:
             self.file.close()
             self.board.close()
+
+
+class Progress:
+    """Reads the numbers of steps, logs them, and decides from them whether to stop.
+
+    The device may still be at work on the last step, so its numbers are read after the next one, or at once
+    if they are wanted `now`.
+    """
+
+    def __init__(self, log: Log, watch: Watch, bar: tqdm) -> None:
+        self.log, self.watch, self.bar = log, watch, bar
+        self.unread: deque[tuple[Numbers, bool]] = deque()
+        self.skipped = 0                                  # steps in a row that were not finite
+        self.stopping = False                             # a signal on one process stops all
+
+    def add(self, numbers: Numbers, logged: bool, now: bool) -> None:
+        self.unread.append((numbers, logged))
+        while self.unread and (now or self.stopping or len(self.unread) > 1):
+            self.read(*self.unread.popleft())
+
+    def read(self, numbers: Numbers, logged: bool) -> None:
+        values = numbers.read()
+        self.stopping |= values.pop("stop") > 0
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        self.skipped = self.skipped + 1 if bad else 0
+        if bad:
+            self.log.line(numbers.done, {"skipped": bad})
+            print0(f"step {numbers.done} skipped, not finite: {', '.join(bad)}")
+            return
+        if "grad_norm" in values:
+            self.watch.gradient(numbers.done, values["grad_norm"])
+        if logged:
+            values["batch_psnr"] = 10 * math.log10(4 / max(values.pop("mse"), 1e-10))
+            self.log.scalars(numbers.done, values)
+            if "loss" in values:
+                self.bar.set_postfix(loss=f"{values['loss']:.4f}", psnr=f"{values['batch_psnr']:.2f}")
 
 
 def history(out: Path, start: int) -> tuple[list[str], bool, float]:

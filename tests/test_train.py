@@ -27,7 +27,7 @@ import data
 import losses
 import train
 from runtime import sources
-from runtime.log import Log, Numbers
+from runtime.log import Log, Numbers, Progress
 from runtime.watch import Watch
 from variants.build import DISCRIMINATORS
 
@@ -545,7 +545,7 @@ def test_a_step_never_waits(train_run, monkeypatch, flags):
 def test_numbers_are_read_a_step_late(tmp_path):
     """The numbers of a step wait for the next one, unless they are wanted now or a signal came."""
     log = Log(tmp_path, [], 0)
-    progress = train.Progress(log, Watch(print), SimpleNamespace(set_postfix=lambda **_: None))
+    progress = Progress(log, Watch(print), SimpleNamespace(set_postfix=lambda **_: None))
 
     def add(done, mse, stop=0.0, now=False):
         values = torch.tensor([mse, stop])
