@@ -1,11 +1,12 @@
 # Both commands work on a fresh machine; the first to run also installs (Python 3.11 or newer, about 5 GB).
 #   make demo   train a small LiteVAE on synthetic images, score it, draw out/demo/reconstruction.png
 #   make test   run the quick tests on the CPU; make test-all adds the slow ones
+#   make gpu    run the tests that need a GPU
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_FLAGS ?=
 
-.PHONY: demo test test-all lint
+.PHONY: demo test test-all gpu lint
 
 demo: .venv/installed
 	rm -rf out/demo
@@ -18,7 +19,10 @@ test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
+
+gpu: .venv/installed-dev
+	$(BIN)/python -m pytest -m gpu
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
