@@ -41,7 +41,7 @@ from runtime.log import Log, Numbers, Progress, best_by, history
 from runtime.watch import Watch
 from runtime.weights import load_vgg
 from variants import options
-from variants.build import DISCRIMINATORS, build, build_discriminator
+from variants.build import DISCRIMINATORS, build, build_discriminator, recompute_blocks
 from wavelets import FILTERS
 
 # ----------------------------------------------------------------------------
@@ -102,6 +102,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--micro-batch", type=cli.natural, default=0, metavar="N",
         help="images of one process that go through the networks at once; its gradients accumulate over its "
              "share of the batch; 0: the whole share")
+    add("--gradient-checkpointing", action=switch, default=False,
+        help="the backward pass of the autoencoder recomputes its blocks: less memory, a slower step")
     add("--optimizer", choices=("adam", "muon"), default="adam",
         help="of the autoencoder; muon: for inner convolutions and linear layers, Adam for the rest")
     add("--lr", type=cli.amount, default=1e-4, help="Adam with betas (0.5, 0.9), and Muon")
@@ -370,6 +372,8 @@ class Trainer:
         of the weights is that of an earlier phase.
         """
         self.rows, self.inherited = rows, inherited
+        if self.args.gradient_checkpointing:
+            recompute_blocks(self.model)
         # wrap last and once: model, ema and disc stay bare, so state dicts never have a prefix
         self.ddp_model = wrap(torch.compile(self.model) if self.compiled else self.model)
         fast_disc = torch.compile(self.disc) if self.compiled and self.disc else self.disc

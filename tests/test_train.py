@@ -26,10 +26,11 @@ import checkpoint
 import data
 import losses
 import train
+from model import LiteVAEConfig, scale_fields
 from runtime import sources
 from runtime.log import Log, Numbers, Progress
 from runtime.watch import Watch
-from variants.build import DISCRIMINATORS
+from variants.build import DISCRIMINATORS, build, recompute_blocks
 
 # everything at once: 5 steps, the discriminator trains from step 2 and is felt from step 3
 STORY = ("--res 64 --disc unet-s --disc-start 2 --disc-warmup 1 --disc-lr 0.01 --cutmix 0.5 "
@@ -735,6 +736,39 @@ def test_compiled_discriminator(train_run, parent, monkeypatch):
     run, plain = train_run(f"{flags} --compile"), train_run(f"{flags} --out plain")
     for line, expected in zip(run.steps, plain.steps, strict=True):
         assert line == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("flags", [
+    "", "--dropout 0.5 --conv1x1", "--encoder open-litevae --extractor-blocks 3 --decoder open-litevae",
+    "--extractor nafnet --aggregator vit",
+], ids=["default", "dropout", "open-litevae", "ablations"])  # fmt: skip
+def test_gradient_checkpointing(train_run, flags):
+    """The same weights after two steps, and the blocks really run twice."""
+    plain = train_run(f"{flags} --out plain")
+    assert equal(train_run(f"{flags} --gradient-checkpointing").state()["model"], plain.state()["model"])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradient_checkpointing_saves_memory(compiled):
+    """Each block runs a second time in the backward pass, and far fewer numbers wait for that."""
+    sizes = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = build(LiteVAEConfig(**scale_fields("S"), decoder_channels=8, decoder_blocks=1))
+        x, seen = torch.randn(2, 3, 32, 32), {}
+        if recompute:
+            recompute_blocks(model)
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+
+        def keep(tensor, seen=seen):
+            seen[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            recon, _ = run(x)
+        recon.sum().backward()
+        sizes.append(sum(seen.values()))
+    assert sizes[1] < 0.5 * sizes[0]
 
 
 def test_moments_take_the_strides_of_their_parameters(train_run):

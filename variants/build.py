@@ -4,8 +4,10 @@ train.py, eval.py and checkpoint.py need nothing else to train, score and load e
 """
 
 from dataclasses import fields
+from functools import partial
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import discriminators
 from model import (
@@ -15,10 +17,11 @@ from model import (
     Posterior,
     ResBlock,
     UNet,
+    Upsample,
     init_encoder,
     init_smc_decoder,
 )
-from variants.ablations import AblatedEncoder, NAFBlock, ViTAggregator, WaveletEncoder
+from variants.ablations import AblatedEncoder, NAFBlock, ViTAggregator, ViTBlock, WaveletEncoder
 from variants.config import AutoencoderConfig
 from variants.gigagan import GigaGANDiscriminator
 from variants.openlitevae import OpenLiteVAEDecoder, OpenLiteVAEEncoder, PostNormBlock
@@ -92,6 +95,16 @@ def build_encoder(config: AutoencoderConfig) -> nn.Module:
         return WaveletEncoder(config.levels, config.wavelet, details=config.encoder == "dwt2")
     kinds = {"litevae": AblatedEncoder, "sd": SDEncoder, "open-litevae": OpenLiteVAEEncoder}
     return kinds[config.encoder](config)
+
+
+BLOCKS = (ResBlock, Upsample, PostNormBlock, NAFBlock, ViTBlock)
+
+
+def recompute_blocks(model: Autoencoder) -> None:
+    """Gradient checkpointing: a block keeps only its input, and the backward pass runs the block again."""
+    for block in filter(lambda module: isinstance(module, BLOCKS), model.modules()):
+        random = getattr(block, "dropout", 0) > 0             # else there is no state to restore
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=random)
 
 
 # ----------------------------------------------------------------------------

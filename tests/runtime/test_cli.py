@@ -37,7 +37,7 @@ def actions(script: str, monkeypatch) -> list[argparse.Action]:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_fault_13_14_every_flag_is_read(script, monkeypatch):
     """Each parsed flag is read as args.NAME outside parse_args, or names a field of the configuration."""
-    files = [f"{script}.py"] + ["variants/options.py"] * (script == "train")
+    files = [f"{script}.py"] + ["checkpoint.py", "variants/options.py"] * (script == "train")
     trees = [ast.parse((ROOT / file).read_text()) for file in files]
     functions = [node for tree in trees for node in tree.body
                  if getattr(node, "name", "parse_args") not in ("parse_args", "add_flags")]
