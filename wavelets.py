@@ -18,7 +18,6 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # ------------------------------------------------------------------------------------------------------------
@@ -147,15 +146,16 @@ def haar(x: Tensor) -> Tensor:
         x = torch.cat([x, x[..., -1:, :]], dim=-2)
     if x.shape[-1] % 2:
         x = torch.cat([x, x[..., -1:]], dim=-1)
-    x = x * 0.5
-    a, b, c, d = x[..., 0::2, 0::2], x[..., 0::2, 1::2], x[..., 1::2, 0::2], x[..., 1::2, 1::2]
-    return torch.cat([a + b + c + d, a + b - c - d, a - b + c - d, a - b - c + d], dim=1)
+    top, bottom = x[..., 0::2, :], x[..., 1::2, :]
+    low, high = top + bottom, top - bottom                       # along y: whole rows, so memory in order
+    (a, b), (c, d) = ((band[..., 0::2], band[..., 1::2]) for band in (low, high))
+    return torch.cat([a + b, c + d, a - b, c - d], dim=1).mul_(0.5)
 
 
 def inverse_haar(ll: Tensor, lh: Tensor, hl: Tensor, hh: Tensor) -> Tensor:
-    """The 4x4 Haar matrix is its own inverse: four bands (B, C, h, w) -> (B, C, 2h, 2w)."""
-    corners = [ll + lh + hl + hh, ll + lh - hl - hh, ll - lh + hl - hh, ll - lh - hl + hh]  # a, b, c, d
-    return F.pixel_shuffle(torch.stack(corners, dim=2).flatten(1, 2), 2) * 0.5
+    """The inverse of `haar`: four bands (B, C, h, w) -> (B, C, 2h, 2w)."""
+    low, high = (torch.stack([a + b, a - b], dim=-1).flatten(-2) for a, b in ((ll, hl), (lh, hh)))
+    return torch.stack([low + high, low - high], dim=-2).flatten(-3, -2).mul_(0.5)
 
 
 # ------------------------------------------------------------------------------------------------------------
