@@ -69,7 +69,7 @@ class PatchGAN(nn.Module):
 class SpectralConv2d(nn.Conv2d):
     """Convolution with weight W / sigma(W), where sigma is the largest singular value of W as (out, in k k).
 
-    sigma = u' W v, and each call of `power_iteration` updates u and v once. The forward pass changes no
+    sigma = u' W v, and `power_iteration` updates u and v once. The forward pass changes no
     state, so it may run any number of times per step. The orthogonal initialisation makes sigma exact at the
     start. Odd kernel sizes keep H and W; a 4x4 kernel with stride 2 halves them.
     """
@@ -79,18 +79,28 @@ class SpectralConv2d(nn.Conv2d):
         nn.init.orthogonal_(self.weight)
         self.register_buffer("u", F.normalize(torch.randn(out_channels), dim=0))
         self.register_buffer("v", torch.zeros(self.weight[0].numel()))
-        self.power_iteration()
-
-    @torch.no_grad()
-    def power_iteration(self) -> None:
-        matrix = self.weight.flatten(1)
-        self.v.copy_(F.normalize(matrix.mT @ self.u, dim=0))
-        self.u.copy_(F.normalize(matrix @ self.v, dim=0))
+        power_iteration([self])
 
     def forward(self, x: Tensor) -> Tensor:
         # elementwise, not u @ W @ v: autocast would round a matrix product to bf16
         sigma = (self.u[:, None] * self.weight.flatten(1) * self.v).sum()
         return F.conv2d(x, self.weight / sigma, self.bias, self.stride, self.padding)
+
+
+@torch.no_grad()
+def power_iteration(layers: list[SpectralConv2d]) -> None:
+    """v <- W' u, then u <- W v, each scaled to unit length, in all layers at once as far as kernels allow."""
+    matrices = [layer.weight.flatten(1) for layer in layers]
+    us, vs = [layer.u for layer in layers], [layer.v for layer in layers]
+    copy_units(vs, [matrix.mT @ u for matrix, u in zip(matrices, us, strict=True)])
+    copy_units(us, [matrix @ v for matrix, v in zip(matrices, vs, strict=True)])
+
+
+def copy_units(targets: list[Tensor], vectors: list[Tensor]) -> None:
+    """Copies vectors of any lengths into `targets`, scaled to unit length."""
+    norms = torch._foreach_norm(vectors)
+    torch._foreach_clamp_min_(norms, 1e-12)
+    torch._foreach_copy_(targets, torch._foreach_div(vectors, norms))
 
 
 class DownBlock(nn.Module):
@@ -180,9 +190,9 @@ DISCRIMINATORS = {
 
 def update_spectral_norm(disc: nn.Module) -> None:
     """Run one power iteration in every SpectralConv2d; it depends only on the weights, so ranks agree."""
-    for module in disc.modules():
-        if isinstance(module, SpectralConv2d):
-            module.power_iteration()
+    layers = [module for module in disc.modules() if isinstance(module, SpectralConv2d)]
+    if layers:
+        power_iteration(layers)
 
 
 def check_size(disc: nn.Module, height: int, width: int) -> None:

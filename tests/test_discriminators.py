@@ -10,6 +10,7 @@ from conftest import SMALL_DISCS
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
 from discriminators import (
@@ -333,6 +334,23 @@ def test_equals_torchs_spectral_norm():
         assert (out - expected).norm() < 1e-13 * expected.norm()
         assert (grad - grad_expected).norm() < 1e-13 * grad_expected.norm()
         update_spectral_norm(ours)
+
+
+def test_power_iteration_is_batched():
+    """Two products per layer, and otherwise as many operations for 37 layers as for one."""
+    names = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    disc = unet()
+    with Count():
+        update_spectral_norm(disc)
+    views = {"detach", "view", "t", "transpose", "_unsafe_view", "unsqueeze", "squeeze", "alias"}
+    others = [name for name in names if name not in views | {"mv"}]
+    assert names.count("mv") == 2 * 37 and len(others) == 2 * 4, others
 
 
 def test_forward_changes_no_state():
