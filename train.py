@@ -16,12 +16,14 @@ import argparse
 import copy
 import math
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
@@ -65,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=cli.natural, default=0, help="of weights, data order, crops and noise")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto",
-        help="bf16 autocast or fp32 (on CUDA fp32 means TF32); auto: bf16 on CUDA and CPUs with AMX")
+        help="bf16 autocast or fp32 (on CUDA fp32 means TF32); auto: bf16 where it is faster")
     add("--compile", action=switch, help="torch.compile (default: on CUDA only)")
 
     text = "sources are folders, .tar, .zip, globs, {0000..0252} ranges, joined by commas, or 'synthetic'"
@@ -224,14 +226,30 @@ def divide_batch(batch: int, processes: int, micro: int) -> tuple[int, int]:
 
 
 def pick_precision(flag: str, device: torch.device) -> str:
-    """auto is bf16 where that is fast: on CUDA since Ampere, on CPUs with AMX."""
+    """auto is bf16 where that is fast: on CUDA since Ampere; on a CPU, rank 0 times both."""
     if flag != "auto":
         return flag
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    # AVX512-BF16 without AMX: a step of LiteVAE-B takes 2.7 times as long in bf16 as in fp32
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return "bf16" if capabilities.get("amx_bf16") else "fp32"
+    return "bf16" if device.type == "cpu" and distributed.from_main(bf16_pays) else "fp32"
+
+
+def bf16_pays() -> bool:
+    """Whether a wide convolution and its backward pass take less than 0.7 of their fp32 time on this CPU.
+
+    The list of instructions does not tell: of two CPUs with AVX512-BF16 and without AMX, a step of LiteVAE-B
+    took 2.7 times its fp32 time on one and 0.58 times on the other.
+    """
+    seconds, threads = {torch.float32: [], torch.bfloat16: []}, torch.get_num_threads()
+    torch.set_num_threads(1)                              # on a busy machine threads wait for each other
+    for _ in range(4):                                    # the first of each warms up
+        for dtype, times in seconds.items():
+            x, weight = torch.ones(1, 128, 32, 32, dtype=dtype), torch.ones(128, 128, 3, 3, dtype=dtype)
+            start = time.perf_counter()
+            F.conv2d(x.requires_grad_(), weight.requires_grad_(), padding=1).sum().backward()
+            times.append(time.perf_counter() - start)
+    torch.set_num_threads(threads)
+    return min(seconds[torch.bfloat16]) < 0.7 * min(seconds[torch.float32])
 
 
 # ----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,13 +88,26 @@ def test_ema_decay():
 def test_precision_auto(monkeypatch):
     """auto is bf16 where it is fast; fp32 and bf16 are what they say."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    for capability, expected in (("amx_bf16", "bf16"), ("avx512_bf16", "fp32"), ("avx2", "fp32")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=capability: {name: True})
+    for pays, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(train, "bf16_pays", lambda x=pays: x)
         assert train.pick_precision("auto", cpu) == expected
     for native, expected in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, x=native: x)
         assert train.pick_precision("auto", cuda) == expected
     assert train.pick_precision("fp32", cuda) == "fp32" and train.pick_precision("bf16", cpu) == "bf16"
+
+
+@pytest.mark.parametrize("slow", [torch.float32, torch.bfloat16])
+def test_bf16_is_timed(monkeypatch, slow):
+    """bf16 is picked if it is the faster one, whatever the CPU says of itself."""
+    conv, threads = train.F.conv2d, torch.get_num_threads()
+
+    def delayed(x, *args, **options):
+        time.sleep(0.05 * (x.dtype == slow))
+        return conv(x, *args, **options)
+
+    monkeypatch.setattr(train.F, "conv2d", delayed)
+    assert train.bf16_pays() == (slow == torch.float32) and torch.get_num_threads() == threads
 
 
 def test_default_out():
