@@ -128,16 +128,18 @@ class LPIPS(nn.Module):
     """LPIPS (Zhang et al. 2018; the lpips package): VGG16 features, v0.1 linear weights, mean over images.
 
     Frozen, and always in eval mode, since its dropout would make the loss random. The VGG may run under
-    autocast; normalisation, differences and linear layers are fp32. Inputs are in [-1, 1], with 1 or 3
-    channels and sides of at least 16 pixels. `vgg_weights` comes from runtime.weights.load_vgg.
+    autocast; `dtype` is that of its weights: stored in bf16, they give the same numbers there as if autocast
+    rounded them in every call. Normalisation, differences and linear layers are fp32. Inputs are in [-1, 1],
+    with 1 or 3 channels and sides of at least 16 pixels. `vgg_weights` comes from runtime.weights.load_vgg.
     """
 
-    def __init__(self, vgg_weights: dict[str, Tensor]) -> None:
+    def __init__(self, vgg_weights: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.lpips = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
         # the package's slices keep torchvision's layer numbers: slice2.5.weight is features.5.weight
         own = self.lpips.net.state_dict()
         self.lpips.net.load_state_dict({name: vgg_weights[name.split(".", 1)[1]] for name in own})
+        self.lpips.net.to(dtype)
         self.requires_grad_(False)
         self.eval()
 

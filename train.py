@@ -284,7 +284,7 @@ def open_data(args: argparse.Namespace, config: LiteVAEConfig) -> tuple[data.Tra
     return train_set, val_set
 
 
-def reconstruction_terms(args: argparse.Namespace, device: torch.device) -> list[tuple]:
+def reconstruction_terms(args: argparse.Namespace, dtype: torch.dtype, **place) -> list[tuple]:
     """(name, weight, function of (x, recon)) of every term in use; ValueError if LPIPS has no weights."""
     terms = [
         ("l1", args.l1_weight, losses.l1_loss),
@@ -294,7 +294,7 @@ def reconstruction_terms(args: argparse.Namespace, device: torch.device) -> list
     ]
     if args.lpips_weight:
         vgg = distributed.from_main(lambda: load_vgg(args.vgg_file))
-        terms.append(("lpips", args.lpips_weight, losses.LPIPS(vgg).to(device)))
+        terms.append(("lpips", args.lpips_weight, losses.LPIPS(vgg, dtype).to(**place)))
     return [term for term in terms if term[1]]
 
 
@@ -361,7 +361,8 @@ class Trainer:
         self.precision = pick_precision(args.precision, device)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
         self.compiled = device.type == "cuda" if args.compile is None else args.compile
-        self.terms = reconstruction_terms(args, device)
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        self.terms = reconstruction_terms(args, dtype, device=device, memory_format=self.memory_format)
         self.extra = options.Options(args, device)
 
         torch.manual_seed(args.seed)

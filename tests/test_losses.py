@@ -441,6 +441,18 @@ def test_lpips_under_autocast(perceptual):
     assert loss.item() == pytest.approx(perceptual(x, recon).item(), rel=0.01)
 
 
+def test_lpips_with_weights_in_bf16(perceptual, vgg_file):
+    """Under autocast, weights stored in bf16 give bit for bit what rounding them in each call gives."""
+    stored = losses.LPIPS(weights.load_vgg(str(vgg_file)), torch.bfloat16)
+    results = []
+    for lpips in (perceptual, stored):
+        x, recon = pair(1, 3, 16, 16)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = lpips(x, recon.requires_grad_())
+        results += [loss.detach(), torch.autograd.grad(loss, recon)[0]]
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
+
+
 @pytest.mark.parametrize("form", ["N.*", "features.N.* and classifier.N.*"])
 def test_load_vgg_takes_other_layouts(form, vgg_file, tmp_path):
     """Bare layer numbers, and torchvision's whole file with its classifier, are the same features."""
