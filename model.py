@@ -122,9 +122,10 @@ class SelfModulatedConv2d(nn.Module):
     def weight(self) -> Tensor:
         """Modulated filters (C', C, 3, 3), fp32 or wider: autocast leaves elementwise operations alone."""
         dtype = torch.promote_types(self.conv.weight.dtype, torch.float32)
-        w = self.conv.weight.to(dtype) * self.scales.to(dtype)[:, None, None]
-        norm = w.square().sum(dim=(1, 2, 3), keepdim=True).add(1e-8).sqrt()
-        return w * (self.gain.to(dtype) / norm)
+        w, s = self.conv.weight.to(dtype), self.scales.to(dtype)
+        energy = w.square().sum(dim=(2, 3))             # (C', C); first, so that what follows is small
+        norm = (energy * s.square()).sum(dim=1, keepdim=True).add(1e-8).sqrt()
+        return w * (self.gain.to(dtype) * s / norm)[:, :, None, None]
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight().to(self.conv.weight.dtype), self.conv.bias, padding=1)
