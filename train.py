@@ -316,7 +316,9 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
 
 def wrap(module: nn.Module) -> nn.Module:
     """DDP around a module, for its backward pass. Saving, EMA and evaluation use the bare module."""
-    return DDP(module, forward_sync_buffers=False) if distributed.world_size() > 1 else module
+    if distributed.world_size() == 1:
+        return module
+    return DDP(module, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
 def no_sync(module: nn.Module, last: bool):
@@ -397,8 +399,10 @@ class Trainer:
         self.ddp_model = wrap(torch.compile(self.model) if self.compiled else self.model)
         fast_disc = torch.compile(self.disc) if self.compiled and self.disc else self.disc
         self.ddp_disc = wrap(fast_disc) if self.disc else None
-        # a compiled network cannot be backpropagated through twice, as the adaptive weight does
-        self.judge = self.disc if self.args.adaptive_weight else fast_disc
+        # a compiled graph cannot be backpropagated through twice, as the adaptive weight does
+        twice = self.args.adaptive_weight
+        self.judge = self.disc if twice else fast_disc
+        self.compare = torch.compile(self.compare) if self.compiled and not twice else self.compare
 
     def states(self) -> dict:
         """What a checkpoint holds of the networks and optimizers."""
@@ -470,7 +474,7 @@ class Trainer:
     ) -> dict[str, Tensor]:  # fmt: skip
         """The terms of one micro-batch by name; "loss" is reconstruction + kl KL + disc adversarial."""
         args, extra = self.args, self.extra
-        parts = {name: term(x, recon) for name, _, term in self.terms}
+        parts = self.compare(x, recon)
         rec = sum(weight * parts[name] for name, weight, _ in self.terms)
         rec = rec + extra.reconstruction(parts, x, recon, noise)
         if self.config.codebook_size:
@@ -483,6 +487,10 @@ class Trainer:
             parts["disc_weight"] = extra.disc_weight(rec, parts["adv"], recon, features)
             parts["loss"] = parts["loss"] + parts["disc_weight"] * parts["adv"]
         return parts
+
+    def compare(self, x: Tensor, recon: Tensor) -> dict[str, Tensor]:
+        """The reconstruction terms by name, without their weights."""
+        return {name: term(x, recon) for name, _, term in self.terms}
 
     def disc_gradients(self, step: int, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """Gradients of the discriminator on the same images and reconstructions; the means of its losses."""
