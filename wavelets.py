@@ -49,11 +49,16 @@ def extension(size: int, taps: int, mode: str, device: torch.device) -> Tensor:
     """Indices that extend a side of `size` samples for a filter of length `taps` with stride 2."""
     if mode == "periodization":
         even = size + size % 2  # an odd side first repeats its last sample
-        index = torch.arange(1 - taps // 2, even + taps // 2 - 1, device=device) % even
-        return index.clamp(max=size - 1)
+        return wrapped(1 - taps // 2, even + taps // 2 - 1, even, device).clamp(max=size - 1)
     out = (size + taps - 1) // 2
     index = torch.arange(2 - taps, 2 * out, device=device) % (2 * size)  # long filters mirror repeatedly
     return torch.minimum(index, 2 * size - 1 - index)
+
+
+def wrapped(start: int, stop: int, size: int, device: torch.device) -> Tensor:
+    """The indices from start to stop, modulo size."""
+    # modulo a tensor, because the ONNX exporter cannot take a remainder by a size that varies
+    return torch.arange(start, stop, device=device) % torch.full((), size, device=device)
 
 
 def check(x: Tensor, wavelet: str, mode: str) -> None:
@@ -78,8 +83,9 @@ def analyse(x: Tensor, wavelet: str, mode: str) -> tuple[Tensor, Tensor]:
     """(..., N) -> low, high, each (..., n): correlate with both filters and keep every second sample."""
     low, high = FILTERS[wavelet]
     x = x.index_select(-1, extension(x.shape[-1], len(low), mode, x.device))
-    n = (x.shape[-1] - len(low)) // 2 + 1
-    shifted = [x[..., k : k + 2 * n - 1 : 2] for k in range(len(low))]  # one view per tap
+    x = x.unflatten(-1, (-1, 2))                                        # the extended side is even
+    n = x.shape[-2] - len(low) // 2 + 1
+    shifted = [x[..., k // 2 : k // 2 + n, k % 2] for k in range(len(low))]    # one view per tap
     return weighted(low, shifted), weighted(high, shifted)
 
 
@@ -88,7 +94,7 @@ def synthesise(low: Tensor, high: Tensor, wavelet: str, mode: str) -> Tensor:
     f_low, f_high = FILTERS[wavelet]
     half = len(f_low) // 2
     if mode == "periodization":
-        wrap = torch.arange(low.shape[-1] + half - 1, device=low.device) % low.shape[-1]
+        wrap = wrapped(0, low.shape[-1] + half - 1, low.shape[-1], low.device)
         low, high = low.index_select(-1, wrap), high.index_select(-1, wrap)
     n = low.shape[-1] - half + 1
     if n < 1:
