@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoint
 from discriminators import PatchGAN, UNetDiscriminator
 from synthetic import dead_leaves
+from variants.build import build
+from variants.config import AutoencoderConfig
 from variants.gigagan import GigaGANDiscriminator
 from variants.stylegan import StyleGANDiscriminator
 
@@ -81,6 +85,24 @@ def train_run(tmp_path):
 def parent(tmp_path_factory) -> Run:
     """A finished run of two steps with a discriminator, for whoever needs a checkpoint; left as it is."""
     return train_in(tmp_path_factory.mktemp("parent"), "--res 64 --disc unet-s --lr 1e-3 --conv1x1")
+
+
+# one of the smallest models there are, with f = 4
+TINY = dict(levels=2, extractor_channels=8, extractor_mult=(1,), aggregator_channels=8, aggregator_mult=(1,),
+            latent_channels=4, decoder_channels=8, decoder_blocks=1)
+
+
+def tiny_checkpoint(folder: Path, latents: dict | None = None, **options) -> Path:
+    """A checkpoint of a TINY model with these options: random in all parameters, and so is its average."""
+    torch.manual_seed(0)
+    config = AutoencoderConfig(**TINY | options)
+    model, ema = build(config), build(config)
+    for parameter in (*model.parameters(), *ema.parameters()):
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    state = dict(step=3, config=asdict(config), args={}, git="abc", versions={"torch": "2"})
+    state |= dict(model=model.state_dict(), ema=ema.state_dict())
+    checkpoint.save(folder, state | ({"latents": latents} if latents else {}), keep=0)
+    return folder / "ckpt.pt"
 
 
 @pytest.fixture

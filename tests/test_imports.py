@@ -12,8 +12,8 @@ FLOORS = [  # a file imports from floors below its own, and within its floor in 
     {"wavelets", "synthetic", "discriminators", "optimizers", "runtime"},
     {"model", "losses", "data", "evaluation"},
     {"variants"},
-    {"checkpoint"},
-    {"train", "eval", "analyze"},
+    {"checkpoint", "pretrained"},
+    {"train", "eval", "analyze", "export"},
 ]
 FILES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
          for folder in (".", "runtime", "evaluation", "variants") for path in (ROOT / folder).glob("*.py")}

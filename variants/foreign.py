@@ -268,13 +268,18 @@ def find_files(path: Path) -> tuple[Path, dict | None]:
     config = folder / "config.json"
     if not config.is_file():
         raise ValueError(f"no config.json in {folder}: give {weights} itself to load without it")
+    return weights, read_config(config)
+
+
+def read_config(path: Path) -> dict:
+    """The content of a config.json; ValueError unless it is a JSON object."""
     try:
-        declared = json.loads(config.read_text())
+        declared = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{config} is not valid JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(declared, dict):
-        raise ValueError(f"{config} is not a JSON object")
-    return weights, declared
+        raise ValueError(f"{path} is not a JSON object")
+    return declared
 
 
 def autoencoder_entries(entries: dict[str, Entry]) -> dict[str, Entry]:

@@ -14,12 +14,12 @@ import train
 from runtime import cli
 from variants.config import AutoencoderConfig
 
-SCRIPTS = ("train", "eval", "analyze")
+SCRIPTS = ("train", "eval", "analyze", "export")
 TESTS = ROOT / "tests"
 # without these nothing happens, which needs no words; all else shows a default
 OFF_UNLESS_GIVEN = {"train": {"--resume", "--init"}, "eval": {
     "CKPT", "--diffusers", "--open-litevae", "--model", "--data", "--json", "--per-image", "--grid",
-    "--extremes", "--plot"}, "analyze": {"CKPT", "--data", "--raw"}}  # fmt: skip
+    "--extremes", "--plot"}, "analyze": {"CKPT", "--data", "--raw"}, "export": {"CKPT", "--out"}}  # fmt: skip
 
 
 def actions(script: str, monkeypatch) -> list[argparse.Action]:
