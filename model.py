@@ -436,17 +436,24 @@ class Autoencoder(nn.Module):
         """The decoder's last features, before its last convolution."""
         return self.decoder.features(z)
 
-    def forward(self, x: Tensor, noise: Tensor | None = None, with_features: bool = False):
+    def forward(
+        self, x: Tensor, noise: Tensor | None = None, with_features: bool = False,
+        views: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
+    ):  # fmt: skip
         """Reconstruct: (recon, posterior), in one call so that DistributedDataParallel sees all of it.
 
         noise (B, Z, h, w) ~ N(0, 1) samples the posterior; None decodes its mean. with_features adds the
-        decoder's last features, from which the gradient of its last layer can be computed alone.
+        decoder's last features, from which the gradient of its last layer can be computed alone. views, a
+        function of z, gives the latents to decode instead of z: the first becomes recon, the images of any
+        others follow at the end.
         """
         posterior = self.encode(x)
         z = posterior.mean if noise is None else posterior.sample(noise)
+        z, *others = views(z) if views else (z,)
         features = self.features(z.to(x.dtype))
         recon = self.decoder.head(features)
-        return (recon, posterior, features) if with_features else (recon, posterior)
+        images = [self.decode(other.to(x.dtype)) for other in others]
+        return (recon, posterior, features, *images) if with_features else (recon, posterior, *images)
 
     def fold_smc(self) -> "Autoencoder":
         """Replace self-modulated convolutions by plain ones of equal output, in place, for inference."""

@@ -454,14 +454,16 @@ class Trainer:
             x, noise = (batch.to(self.device, non_blocking=True) for batch in next(batches))
             x = data.to_float(x).contiguous(memory_format=self.memory_format)
             self.extra.micro_batch(step, rows)
+            views, target = self.extra.views(rows), self.extra.target(x, rows)
             with no_sync(self.ddp_model, rows is self.rows[-1]), torch.set_grad_enabled(update):
                 with self.autocast:
-                    recon, posterior, features = self.ddp_model(x, noise, with_features=True)
-                    outputs = x, noise, recon, posterior, features
+                    recon, posterior, features, *others = self.ddp_model(
+                        x, noise, with_features=True, views=views)
+                    outputs = target, noise, recon, posterior, features, others
                     parts = self.model_losses(rows, *outputs, adversarial) if update else {}
                 if update:
                     (parts["loss"] / len(self.rows)).backward()
-            pairs.append((x, recon.detach()))
+            pairs.append((target, recon.detach()))
             parts["mse"] = losses.l2_loss(*pairs[-1])
             add_means(logged, parts, len(self.rows))
         if update:
@@ -470,13 +472,14 @@ class Trainer:
 
     def model_losses(
         self, rows: slice, x: Tensor, noise: Tensor, recon: Tensor, posterior: Posterior, features: Tensor,
-        adversarial: bool,
+        others: list[Tensor], adversarial: bool,
     ) -> dict[str, Tensor]:  # fmt: skip
         """The terms of one micro-batch by name; "loss" is reconstruction + kl KL + disc adversarial."""
         args, extra = self.args, self.extra
         parts = self.compare(x, recon)
         rec = sum(weight * parts[name] for name, weight, _ in self.terms)
         rec = rec + extra.reconstruction(parts, x, recon, noise)
+        rec = rec + extra.scale_equivariance(parts, self.terms, x, others)
         if self.config.codebook_size:
             parts["loss"] = rec + extra.codebook(parts, posterior, rows)
         else:

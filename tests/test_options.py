@@ -80,7 +80,9 @@ def test_vit_is_bound_to_its_size(tmp_path, train_run, refused, capsys):
     "--disc patch --alternate --lecam 0.1 --r1 1 --r1-every 2 --adaptive-weight",
     "--codebook-size 64 --lr 1e-3",
     "--codebook-size 64 --codebook-update ema --vq-weight 2 --lr 1e-3",
-], ids=["dropout", "discriminator", "codebook", "moving average"])  # fmt: skip
+    "--se-weight 0.25 --res 64 --lr 1e-3",
+    "--eq-vae --res 64 --disc patch --lr 1e-3",
+], ids=["dropout", "discriminator", "codebook", "moving average", "scale", "EQ-VAE"])  # fmt: skip
 def test_resume_is_exact(train_run, monkeypatch, flags):
     """Two steps, a resume and two more: bitwise what four in a row give, and the same log."""
     monkeypatch.setattr(quantize, "REVIVE_AFTER", 2)
@@ -197,6 +199,58 @@ def test_codebook_of_two_processes(tmp_path, kind):
             assert line == pytest.approx(wanted, rel=1e-3, abs=1e-5)
 
 
+# ---- equivariance ------------------------------------------------------------------------------------------
+
+
+def test_scale_equivariance(train_run):
+    """Its term is in the log and, weighted, in the loss; the other terms stay as they are without it."""
+    flags = "--res 64 --steps 1"
+    line, plain = (train_run(f"{flags} {more}").steps[0] for more in ("--se-weight 0.25", "--out plain"))
+    assert line["se"] > 0 and line["loss"] == pytest.approx(plain["loss"] + 0.25 * line["se"], rel=1e-6)
+    assert all(line[name] == plain[name] for name in ("l1", "wavelet", "gaussian", "kl", "batch_psnr"))
+    assert line["grad_norm"] != plain["grad_norm"]
+
+
+def test_eq_vae(train_run):
+    """Some steps are the plain ones, --eq-identity says how many; the discriminator sees the same images."""
+    flags = "--res 64 --disc patch --lr 0 --disc-lr 0 --steps 6"
+    plain = train_run(f"{flags} --out plain").steps
+    half = train_run(f"{flags} --eq-vae --out half").steps
+    never = train_run(f"{flags} --eq-vae --eq-identity 0").steps
+    for name in ("l1", "adv", "disc", "logits_real"):
+        same = [line[name] == other[name] for line, other in zip(plain, half, strict=True)]
+        assert 0 < sum(same) < 6
+        for i, line in enumerate(never):
+            assert line[name] != plain[i][name] and (line[name] == half[i][name]) != same[i]
+    assert all(a["kl"] == b["kl"] for a, b in zip(plain, never, strict=True))
+
+
+@pytest.mark.parametrize("flags", ["--se-weight 0.25", "--eq-vae --eq-identity 0"])
+def test_equivariance_accumulates(tmp_path, flags):
+    """Micro-batches of 1 have the turns and scales of the whole batch: the same log up to fp32's rounding."""
+    flags = f"--res 64 --batch-size 3 --lr 0 {flags}"
+    joined = train_in(tmp_path, f"{flags} --out joined")
+    parts = train_in(tmp_path, f"{flags} --micro-batch 1")
+    for line, expected in zip(parts.steps, joined.steps, strict=True):
+        assert line == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["--se-weight 0.25", "--eq-vae --eq-identity 0.2"])
+def test_equivariance_of_two_processes(tmp_path, flags):
+    """2 x 2 images of two processes give the gradients (Adam's mean of them) and the log of 4."""
+    flags = f"--res 64 --batch-size 4 --steps 3 --lr 0 --val-count 1 {flags}"
+    joined = train_in(tmp_path, f"{flags} --out joined")
+    done = torchrun(tmp_path, f"train.py --data synthetic {SMALL} {flags} --micro-batch 1 --out two")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (
+        torch.cat([slot["exp_avg"].double().flatten() for slot in run.state()["opt"]["state"].values()])
+        for run in (joined, Run(tmp_path / "two")))
+    assert (ours - theirs).norm() < 1e-6 * ours.norm()
+    for line, expected in zip(Run(tmp_path / "two").steps, joined.steps, strict=True):
+        assert line == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
 # ---- losses ------------------------------------------------------------------------------------------------
 
 
@@ -260,6 +314,15 @@ def test_adaptive_weight_knows_all_terms(train_run):
     ("--identity-weight 1", "could not load them (no file given): pass moco_v2_800ep_pretrain.pth.tar"),
     ("--identity-weight 1 --moco-file no.pth", "could not load no.pth"),
     ("--vgg19-weight 1 --vgg19-file no.pth", "could not load no.pth"),
+    ("--se-weight 1 --eq-vae --res 64", "--se-weight and --eq-vae both regularise the latent space"),
+    ("--se-weight 1", "--res must be a multiple of 32 and at least 64, got 32"),
+    ("--se-weight 1 --res 64 --codebook-size 8", "--se-weight needs a Gaussian posterior, got --codebook"),
+    ("--eq-vae --res 64 --codebook-size 8", "--eq-vae needs a Gaussian posterior, got --codebook-size 8"),
+    ("--eq-vae --res 64 --ldl-weight 1", "--ldl-weight compares with untransformed images"),
+    ("--eq-vae --res 64 --eq-identity 1", "--eq-identity must be below 1, got 1.0"),
+    ("--eq-vae --res 16", "below --res 16 there is no side"),
+    ("--eq-vae --res 64 --disc unet-s", "below --res 64 there is no side that the latents and"),
+    ("--eq-identity 0.4", "--eq-identity 0.4 has no effect: there are no transforms, set --eq-vae"),
     ("--res 96 --disc stylegan", "96"),
     ("--res 32 --disc gigagan", "takes multiples of 64 pixels, at least 64, got 32x32"),
 ])  # fmt: skip

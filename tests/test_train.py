@@ -540,7 +540,9 @@ def test_waits_sees_them():
     "--disc patch --lecam 0.1 --adaptive-weight --clip 1 --batch-size 4 --micro-batch 2 --disc-warmup 1",
     "--disc patch --alternate --r1 1 --optimizer muon --dropout 0.1",
     "--codebook-size 16 --codebook-update ema --conv1x1 --ldl-weight 0.1",
-], ids=["default", "adaptive", "alternate, muon", "codebook"])  # fmt: skip
+    "--se-weight 0.25 --disc patch --adaptive-weight",
+    "--eq-vae --disc patch --micro-batch 1",
+], ids=["default", "adaptive", "alternate, muon", "codebook", "scale equivariance", "EQ-VAE"])  # fmt: skip
 def test_a_step_never_waits(train_run, monkeypatch, flags):
     """A step reads no number on the host and copies none to the device, with whatever it is composed of."""
     step, found = train.Trainer.step, []

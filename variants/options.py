@@ -7,9 +7,9 @@ may differ from LiteVAE's. Without any of these flags the methods add nothing.
 import argparse
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from losses import adv_loss
 from model import scale_fields
 from runtime import cli, distributed
 from runtime.distributed import print0
-from runtime.randomness import CUTMIX, DROPOUT, REVIVAL, seeded
-from variants import perceptual, regularisers
+from runtime.randomness import CUTMIX, DROPOUT, EQUIVARIANCE, REVIVAL, seeded, seeded_numpy
+from variants import equivariance, perceptual, regularisers
 from variants.adaptive import adaptive_weight, last_layer_gradient
 from variants.config import AutoencoderConfig
 from variants.quantize import Quantized, revival_slots, vq_loss
@@ -62,6 +62,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--cutmix", type=cli.amount, default=0.0, metavar="WEIGHT",
         help="CutMix consistency of a U-Net's pixel logits, mean over pixels, 0 = off")
 
+    add = parser.add_argument_group("equivariance of the latent space (variants/)").add_argument
+    add("--se-weight", type=cli.amount, default=0.0,
+        help="scale equivariance: reconstruction terms of latents and images downsampled by 2 or 4")
+    add("--eq-vae", action=switch, default=False,
+        help="EQ-VAE: turn and scale latents before they are decoded, and the images to compare with")
+    add("--eq-identity", type=cli.amount, default=0.5, metavar="P",
+        help="probability of a step of --eq-vae without turn and scale")
+
     add = parser.add_argument_group("other losses (variants/)").add_argument
     add("--vq-weight", type=cli.amount, default=1.0, help="codebook and commitment, means over elements")
     add("--vgg19-weight", type=cli.amount, default=0.0, help="mean over features, paper Table 14")
@@ -94,6 +102,24 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} needs a discriminator, got --disc none")
     if args.ldl_weight and not args.ema_decay:
         raise ValueError("--ldl-weight compares with the averaged weights: --ema-decay must be above 0")
+    if args.se_weight or args.eq_vae:
+        check_equivariance(args)
+
+
+def check_equivariance(args: argparse.Namespace) -> None:
+    flag, f = "--eq-vae" if args.eq_vae else "--se-weight", 2 ** args.levels
+    if args.se_weight and args.eq_vae:
+        raise ValueError("--se-weight and --eq-vae both regularise the latent space: give one of them")
+    if args.codebook_size:
+        raise ValueError(f"{flag} needs a Gaussian posterior, got --codebook-size {args.codebook_size}")
+    if args.eq_vae and args.ldl_weight:
+        raise ValueError("--ldl-weight compares with untransformed images, so it cannot go with --eq-vae")
+    if args.eq_identity >= 1:
+        raise ValueError(f"--eq-identity must be below 1, got {args.eq_identity}: --eq-vae would do nothing")
+    if args.se_weight:
+        equivariance.check_resolution(args.res, f)
+    else:
+        equivariance.sides(args.res, f)
 
 
 def idle(args: argparse.Namespace) -> dict[str, str]:
@@ -103,6 +129,7 @@ def idle(args: argparse.Namespace) -> dict[str, str]:
         "kl_weight": args.codebook_size and "a codebook has no KL, its weight is --vq-weight",
         "vq_weight": not args.codebook_size and "there is no codebook, set --codebook-size",
         "r1_every": not args.r1 and "there is no penalty, set --r1",
+        "eq_identity": not args.eq_vae and "there are no transforms, set --eq-vae",
     }
     return {name: reason for name, reason in found.items() if reason}
 
@@ -123,12 +150,15 @@ class Options:
         self.terms = reconstruction_terms(args, device)
         self.weight = torch.tensor(args.disc_weight, device=device)
         self.lecam: regularisers.LeCam | None = None
-        self.slots = self.table = self.boxes = None
+        self.slots = self.table = self.boxes = self.factor = self.tau = None
         self.lecam_means: list[Tensor] = []
 
     def watch(self, model: nn.Module, ema: nn.Module | None, disc: nn.Module | None) -> None:
-        """The networks, once they are made."""
+        """The networks, once they are made; ValueError if --eq-vae has no size that `disc` takes."""
         self.model, self.ema = model, ema
+        if self.args.eq_vae:
+            limits = (disc.stride, disc.min_size) if disc else ()
+            self.sides = equivariance.sides(self.args.res, model.config.downsample_factor, *limits)
         if disc and self.args.lecam:
             self.lecam = regularisers.LeCam(disc.heads).to(self.device)
 
@@ -156,7 +186,20 @@ class Options:
         if args.cutmix:
             boxes = torch.rand(positions[0], 4, generator=seeded(args.seed, step, CUTMIX))
             self.boxes = self.send(boxes)
+        if args.se_weight:
+            self.factor = equivariance.draw_factor(seeded_numpy(args.seed, step, EQUIVARIANCE))
+        if args.eq_vae:
+            self.tau = self.draw_tau(step, positions[0])
         self.lecam_means = []
+
+    def draw_tau(self, step: int, batch: int) -> equivariance.Tau | None:
+        """EQ-VAE's transform of a global batch; None is the identity."""
+        key = self.args.seed, step, EQUIVARIANCE
+        side = equivariance.draw_side(seeded_numpy(*key), self.args.eq_identity, self.sides)
+        if side is None:
+            return None
+        quarters = self.send(equivariance.draw_quarters(seeded(*key), batch))
+        return equivariance.Tau(side, quarters, self.model.config.downsample_factor)
 
     def send(self, drawn: Tensor) -> Tensor:
         """To the device, without waiting for it."""
@@ -167,6 +210,16 @@ class Options:
         """Seeds dropout, the one layer that draws by itself."""
         if self.args.dropout:
             torch.manual_seed(seeded(self.args.seed, step, DROPOUT + rows.start).initial_seed())
+
+    def views(self, rows: slice) -> Callable[[Tensor], tuple[Tensor, ...]] | None:
+        """What the model is to decode instead of z: a function of z, or None."""
+        if self.args.se_weight:
+            return equivariance.Shrunk(self.factor)
+        return self.tau and replace(self.tau, quarters=self.tau.quarters[rows])
+
+    def target(self, x: Tensor, rows: slice) -> Tensor:
+        """The images that the reconstructions are compared with."""
+        return self.views(rows).image(x) if self.tau else x
 
     def reconstruction(self, parts: dict, x: Tensor, recon: Tensor, noise: Tensor | None) -> Tensor | int:
         """Weighted sum of the extra reconstruction terms."""
@@ -180,6 +233,16 @@ class Options:
             parts["ldl"] = perceptual.ldl_loss(x, recon, recon_ema)
             total = total + self.args.ldl_weight * parts["ldl"]
         return total
+
+    def scale_equivariance(
+        self, parts: dict, terms: list[tuple], x: Tensor, others: list[Tensor]
+    ) -> Tensor | int:  # fmt: skip
+        """Weighted distance, in the given terms, of the downsampled latent's image to the downsampled x."""
+        if not self.args.se_weight:
+            return 0
+        target = equivariance.shrink(x, self.factor)
+        parts["se"] = sum(weight * term(target, others[0]) for _, weight, term in terms)
+        return self.args.se_weight * parts["se"]
 
     def codebook(self, parts: dict, posterior: Quantized, rows: slice) -> Tensor:
         """Weighted loss of the codebook, which stands in for the KL."""
