@@ -34,7 +34,7 @@ SOURCE = r"arXiv \d{4}\.\d{5}|open-LiteVAE|stabilityai/|lavinal712/AutoencoderKL
 TINY = ("--data synthetic --val-data synthetic --val-count 1 --res 64 --dec-channels 8 --dec-blocks 1 "
         "--batch-size 1 --micro-batch 0 --num-workers 0 --warmup 0 --disc-start 0 --log-every 1 --keep 0 "
         "--eval-every 5000 --save-every 5000 --device cpu --precision fp32")
-TERMS = ("l1", "l2", "lpips", "kl", "wavelet", "gaussian", "vq", "vgg19", "identity", "ldl")
+TERMS = ("l1", "l2", "lpips", "kl", "wavelet", "gaussian", "vq", "vgg19", "identity", "ldl", "se")
 # flags that TINY replaces: judged by what they are parsed into
 RUN = {"out", "init", "data", "val_data", "val_count", "num_workers", "res", "batch_size", "micro_batch",
        "steps", "disc_start", "device", "log_every", "eval_every", "save_every"}
@@ -238,9 +238,10 @@ def test_every_discriminator_is_somebodys():
                  "keep", "vgg_file", "vgg19_file", "moco_file"}
     default = vars(train.parse_args([]))
     used = {dest for name in RECIPES for dest, value in vars(parse(name)).items() if value != default[dest]}
-    # grey images, the time a discriminator trains alone, the interval of R1 and the weight of VQ's terms are
-    # settings that no source states
-    assert default.keys() - run - used == {"in_channels", "disc_warmup", "r1_every", "vq_weight"}
+    # grey images, the time a discriminator trains alone, the interval of R1, the weight of VQ's terms and the
+    # share of plain steps in EQ-VAE: no source has another value
+    unused = {"in_channels", "disc_warmup", "r1_every", "vq_weight", "eq_identity"}
+    assert default.keys() - run - used == unused
 
 
 @pytest.mark.slow
