@@ -30,7 +30,8 @@ from variants.config import AutoencoderConfig
 def save(folder: Path, state: dict, keep: int) -> None:
     """Write folder/ckpt.pt (on rank 0 only) and keep the `keep` previous ones as ckpt-<step>.pt.
 
-    Raises OSError if the disk is full; the older files are then unchanged.
+    ckpt.pt and the newest ckpt-<step>.pt are one file under two names, or two files where the file system has
+    no hard links. Raises OSError if the disk is full; the older files are then unchanged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "ckpt.pt"
@@ -39,10 +40,14 @@ def save(folder: Path, state: dict, keep: int) -> None:
     numbered, newest = folder / f"ckpt-{state['step']:08d}.pt", folder / "newest.tmp"
     write(numbered, state)
     newest.unlink(missing_ok=True)
-    os.link(numbered, newest)                             # a hard link: two names, one file on disk
-    os.replace(newest, path)
+    try:
+        os.link(numbered, newest)                         # a hard link: two names, one file on disk
+    except OSError:                                       # buckets and many FUSE and network mounts have none
+        write(path, state)
+    else:
+        os.replace(newest, path)
     written = sorted(numbered_files(folder), key=lambda path: path.stat().st_mtime)
-    for old in written[: -keep - 1]:                      # the newest is ckpt.pt under a second name
+    for old in written[: -keep - 1]:                      # the newest has the step of ckpt.pt
         old.unlink()
 
 
@@ -113,7 +118,10 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def candidates(folder: Path) -> Iterator[Path]:
-    """Yield ckpt.pt, then the numbered checkpoints from newest to oldest, except ckpt.pt's second name."""
+    """Yield ckpt.pt, then the numbered checkpoints from newest to oldest, except ckpt.pt's second name.
+
+    A second copy of ckpt.pt is a file of its own, which may be whole if ckpt.pt is damaged, and is yielded.
+    """
     path = folder / "ckpt.pt"
     if path.exists():
         yield path

@@ -1,6 +1,7 @@
 """Run: python -m pytest tests/test_checkpoint.py. Files that survive a crash, and errors of one line."""
 
 import copy
+import errno
 import os
 from collections import OrderedDict
 from dataclasses import asdict
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import equal
 from torch import nn
 
 import checkpoint
@@ -85,7 +87,7 @@ def test_keep(tmp_path, keep, kept):
     assert not keep or os.path.samefile(tmp_path / numbered[-1], tmp_path / "ckpt.pt")
 
 
-@pytest.mark.parametrize("failing", ["torch.save", "os.fsync", "os.link", "os.replace"])
+@pytest.mark.parametrize("failing", ["torch.save", "os.fsync", "os.replace"])
 def test_crash_while_saving(tmp_path, monkeypatch, failing):
     """A full disk at any moment of a save: the error comes out, the old file loads, no half one is left."""
     write(tmp_path, step=1, keep=2)
@@ -105,6 +107,56 @@ def test_crash_while_saving(tmp_path, monkeypatch, failing):
     for name in left:
         checkpoint.load(tmp_path / name)
     write(tmp_path, step=2, keep=2)                                   # nothing is in the way of the next save
+    assert checkpoint.load(tmp_path / "ckpt.pt")["step"] == 2
+
+
+@pytest.fixture
+def no_links(monkeypatch):
+    """A file system without hard links."""
+    def link(*names):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", link)
+
+
+@pytest.mark.parametrize("keep, kept", [(1, [3, 4]), (2, [2, 3, 4])])
+def test_without_hard_links(tmp_path, no_links, keep, kept):
+    """ckpt.pt and the newest ckpt-<step>.pt are two files with the same bytes; as many older ones stay."""
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step, keep)
+    numbered = [f"ckpt-{step:08d}.pt" for step in kept]
+    assert names(tmp_path) == [*numbered, "ckpt.pt"]
+    newest, twin = tmp_path / "ckpt.pt", tmp_path / numbered[-1]
+    assert not os.path.samefile(newest, twin) and equal(checkpoint.load(newest), checkpoint.load(twin))
+    assert [checkpoint.load(tmp_path / name)["step"] for name in numbered] == kept
+
+
+def test_second_copy_saves_a_damaged_checkpoint(tmp_path, no_links):
+    """If only ckpt.pt is damaged, a run goes on from the copy of the same step, and says so once."""
+    for step in (1, 2):
+        write(tmp_path, step, keep=1)
+    os.truncate(tmp_path / "ckpt.pt", 1000)
+    path, damaged = checkpoint.newest(tmp_path)
+    assert path.name == "ckpt-00000002.pt" and len(damaged) == 1 and "ckpt.pt is damaged" in damaged[0]
+
+
+def test_full_disk_without_hard_links(tmp_path, no_links, monkeypatch):
+    """A disk that is full at the second copy: the error comes out and each file that is left is whole."""
+    write(tmp_path, step=1, keep=2)
+    real, calls = torch.save, iter(range(9))
+
+    def save(state, file):
+        if next(calls) == 1:
+            file.write(b"half a checkpoint")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(state, file)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path, step=2, keep=2)
+    assert names(tmp_path) == ["ckpt-00000001.pt", "ckpt-00000002.pt", "ckpt.pt"]
+    assert [checkpoint.load(tmp_path / name)["step"] for name in names(tmp_path)] == [1, 2, 1]
+    write(tmp_path, step=2, keep=2)
     assert checkpoint.load(tmp_path / "ckpt.pt")["step"] == 2
 
 

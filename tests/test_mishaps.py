@@ -3,6 +3,7 @@
 Each run is a forked child of this process, so that it can be killed for real and still starts at once.
 """
 
+import errno
 import json
 import os
 import random
@@ -221,6 +222,29 @@ def test_full_disk(straight, tmp_path):
     assert run(tmp_path, f"{FLAGS} --resume") == 0
     for name in PARTS:
         assert equal(Run(straight / "run").state()[name], Run(tmp_path / "run").state()[name]), name
+
+
+def test_full_disk_without_hard_links(straight, tmp_path):
+    """Links are refused, and later the disk is full when the copy is written: one line, older files stay."""
+    def no_links(full_at: int) -> Callable[[], None]:
+        calls = iter(range(1, 99))
+
+        def link(*names):
+            if next(calls) == full_at:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+        return lambda: setattr(os, "link", link)
+
+    assert run(tmp_path, FLAGS, no_links(full_at=2)) == 1
+    assert [line for line in output(tmp_path).splitlines() if "error" in line] == [
+        "[rank 0] error: cannot write run/ckpt.pt: [Errno 27] File too large; "
+        "go on from the last checkpoint with --resume"]
+    assert "Traceback" not in output(tmp_path)
+    steps = {path.name: checkpoint.load(path)["step"] for path in (tmp_path / "run").glob("ckpt*")}
+    assert steps == {"ckpt.pt": 2, "ckpt-00000002.pt": 2, "ckpt-00000004.pt": 4}
+    assert run(tmp_path, f"{FLAGS} --resume", no_links(full_at=0)) == 0
+    assert_same(straight, tmp_path)
 
 
 # ---- signals -----------------------------------------------------------------------------------------------
