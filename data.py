@@ -355,6 +355,12 @@ def report_broken(batches: Iterable[tuple[Any, list[str]]], seen: set[str]) -> I
         yield batch
 
 
+def default_workers() -> int:
+    """Loader processes of a training or scoring process: 4, or fewer if it may use fewer cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(4, cores)
+
+
 def _start_worker(worker: int) -> None:
     """Ignore Ctrl-C and the signals that end a job; the main process handles them and ends its workers."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):

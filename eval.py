@@ -87,7 +87,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     system = parser.add_argument_group("system").add_argument
     system("--precision", choices=("fp32", "bf16"), default="fp32", help="model precision; metrics use fp32")
     system("--batch-size", type=cli.positive, default=16, help="images per process")
-    system("--num-workers", type=cli.natural, default=4, help="data loader workers per process")
+    system("--num-workers", type=cli.natural, default=data.default_workers(),
+           help="data loader workers per process; unless given, 4 or the number of cores if smaller")
     system("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
     if args.ckpt is None and args.imagenet_val not in (None, DEFAULT):

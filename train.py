@@ -79,7 +79,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--res", type=cli.positive, default=128, help="side of the square training crops, pixels")
     add("--rescale", type=float, nargs=2, default=(1.0, 1.0), metavar=("LO", "HI"),
         help="short side uniform in [LO res, HI res] before the crop; open-LiteVAE: 1 2")
-    add("--num-workers", type=cli.natural, default=4, help="loader processes of each training process")
+    add("--num-workers", type=cli.natural, default=data.default_workers(),
+        help="loader processes of each training process; unless given, 4 or the number of cores if smaller")
 
     add = parser.add_argument_group("model").add_argument
     add("--scale", choices=tuple(SCALES), default="B", help="of encoders with wavelets, paper Table 2")

@@ -10,6 +10,7 @@ import pickle
 import signal
 import tarfile
 import time
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -22,6 +23,8 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 import data
+import eval as eval_script
+import train
 from data import GlobalBatchSampler, TrainSet, ValSet
 from runtime import sources
 from runtime.sources import BrokenImage, load_rgb, open_source
@@ -776,6 +779,24 @@ def test_workers_read_archives_however_they_start(tmp_path, method):
     loader = data.train_loader(TrainSet(source, 12, 0), GlobalBatchSampler(3, 1, 0, 1, 0, 4), 1, "cpu")
     loader.multiprocessing_context = method
     assert all(torch.equal(batch, other) for ((batch, _), _), other in zip(loader, expected, strict=True))
+
+
+@pytest.mark.parametrize("cores, workers", [(1, 1), (3, 3), (4, 4), (64, 4)])
+def test_default_workers_follow_the_cores(tmp_path, monkeypatch, cores, workers):
+    """4, or the cores that the process may use if they are fewer; torch warns of more, and not of these."""
+    source = open_source(str(write_tree(tmp_path)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    assert train.parse_args([]).num_workers == workers
+    assert eval_script.parse_args(["ckpt.pt", "--data", "x"]).num_workers == workers
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data.val_loader(ValSet(source, 12), 2, data.default_workers(), "cpu", 0, 1)
+    if cores < 4:
+        with pytest.warns(UserWarning, match=f"suggested max number of worker .* is {cores}"):
+            data.val_loader(ValSet(source, 12), 2, 4, "cpu", 0, 1)
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert data.default_workers() == workers
 
 
 def test_workers_outlive_ctrl_c(tmp_path):

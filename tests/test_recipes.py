@@ -6,6 +6,7 @@ One recipe per family is trained by `make test`, all of them by `make test-all`,
 import dataclasses
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -42,8 +43,9 @@ RUN = {"out", "init", "data", "val_data", "val_count", "num_workers", "res", "ba
 
 @pytest.fixture(autouse=True)
 def in_root(monkeypatch):
-    """Recipes and commands name recipes/... as from the root of the repository."""
+    """Recipes and commands name recipes/... as from the root of the repository, on a machine of 8 cores."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
 
 
 def comment(name: str) -> str:
