@@ -27,13 +27,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import checkpoint
 import data
-from evaluation import fid, metrics, report
-from model import Autoencoder
+from evaluation import fid, metrics, models, report
 from runtime import cli, distributed, sources, weights
 from runtime.distributed import print0
-from variants import foreign
 
 DEFAULT = "default"   # --imagenet-val without a folder
 IMAGENET_VAL = 50_000
@@ -52,19 +49,13 @@ BIAS = ("for Gaussian features with a true rFID of .40, paired as here, 1,000 im
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.ArgumentParser(__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("ckpt", metavar="CKPT", nargs="?", help="checkpoint from train.py")
-    add("--raw", action="store_true", help="use the raw weights, not their moving average")
-    add("--diffusers", metavar="PATH", help="score an AutoencoderKL instead: a folder or a .safetensors file")
-    add("--open-litevae", metavar="FILE", help="score an open-LiteVAE checkpoint instead")
-    add("--model", metavar="MODULE:NAME",
-        help="score a callable importable from here instead; images are (B, 3, H, W) in [-1, 1]")
+    models.add_flags(parser)
     images = parser.add_argument_group("images").add_argument
     images("--imagenet-val", nargs="?", const=DEFAULT, metavar="PATH",
            help="ImageNet's 50,000 validation images: class folders, a flat folder, tars, or a folder that "
                 "contains one of these (default: below $IMAGENET, datasets/imagenet or LDM's cache)")
     images("--data", metavar="SRC", help="other images: folders, .tar, .zip, globs, separated by commas")
-    images("--res", type=resolutions, metavar="N[,N]",
+    images("--res", type=cli.resolutions, metavar="N[,N]",
            help="side of the square images, pixels; several values give a curve (default: the checkpoint's)")
     images("--limit", type=cli.positive, help="score this many images, spread over the set (default: all)")
     scores = parser.add_argument_group("scores").add_argument
@@ -93,17 +84,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.ckpt is None and args.imagenet_val not in (None, DEFAULT):
         args.ckpt, args.imagenet_val = args.imagenet_val, DEFAULT     # eval.py --imagenet-val ckpt.pt
-    scored = [args.ckpt, args.diffusers, args.open_litevae, args.model]
-    if sum(name is not None for name in scored) != 1:
+    if len(models.named(args)) != 1:
         parser.error("give one of a checkpoint, --diffusers, --open-litevae and --model; for example: "
                      "eval.py out/litevae-b-128/ckpt.pt --imagenet-val")
     if (args.data is None) == (args.imagenet_val is None):
         parser.error("give either --imagenet-val [PATH] or --data SRC")
     return args
-
-
-def resolutions(text: str) -> list[int]:
-    return sorted({cli.positive(word) for word in text.split(",")})
 
 
 def metric_names(text: str) -> list[str]:
@@ -121,49 +107,12 @@ def metric_names(text: str) -> list[str]:
 # set-up: model, images, networks of the metrics
 
 
-def open_model(args: argparse.Namespace) -> tuple[nn.Module, dict]:
-    """Returns the network to score and the report's entries about it."""
-    if args.ckpt:
-        return open_checkpoint(args)
-    if args.raw:
-        raise ValueError("--raw needs a checkpoint from train.py; other models have only one set of weights")
-    if args.res is None:
+def check_model(args: argparse.Namespace) -> None:
+    """Raises ValueError for flags that only checkpoints from train.py support."""
+    if not args.ckpt and args.res is None:
         raise ValueError("give --res; only checkpoints from train.py record their training resolution")
-    name = args.diffusers or args.open_litevae or args.model
-    about = {"checkpoint": name, "step": None, "weights": "its own"}
-    if args.model:
-        if metrics.PROTOCOLS[args.protocol].sample:
-            raise ValueError(f"--protocol {args.protocol} samples a posterior, but --model has none")
-        return foreign.load_callable(name), about
-    load = foreign.load_diffusers if args.diffusers else foreign.load_open_litevae
-    model, source = load(name)
-    about |= {"checkpoint_sha256": source["sha256"], "config": asdict(model.config), "source": source}
-    return model, about
-
-
-def open_checkpoint(args: argparse.Namespace) -> tuple[Autoencoder, dict]:
-    model, state = checkpoint.load_model(args.ckpt, raw=args.raw)
-    training = {key: state[key] for key in ("args", "versions", "git", "data") if key in state}
-    return model, {
-        "checkpoint": args.ckpt,
-        "checkpoint_sha256": weights.sha256(args.ckpt),
-        "step": state["step"],
-        "weights": "raw" if args.raw or not state.get("ema") else "EMA",
-        "config": state["config"],
-        "training": training,
-    }
-
-
-def check_res(res: int, model: nn.Module) -> int:
-    """Returns the number of image channels; ValueError if the model or SSIM does not support this side."""
-    config = model.config if isinstance(model, Autoencoder) else None
-    if config and res % config.downsample_factor:
-        raise ValueError(f"--res {res} is not a multiple of {config.downsample_factor}")
-    if config and config.resolution not in (0, res):
-        raise ValueError(f"--res {res}: the ViT of this model only takes {config.resolution}")
-    if res < 16:
-        raise ValueError(f"--res {res} is below 16, the minimum for SSIM")
-    return config.in_channels if config else 3
+    if args.model and metrics.PROTOCOLS[args.protocol].sample:
+        raise ValueError(f"--protocol {args.protocol} samples a posterior, but --model has none")
 
 
 def open_images(args: argparse.Namespace) -> sources.Source:
@@ -341,16 +290,15 @@ def main() -> None:
     args = parse_args()
     with cli.user_errors():
         device = distributed.init(args.device)
-        if device.type == "cuda":
-            torch.backends.cuda.matmul.fp32_precision = "ieee"        # scores must not depend on the GPU
-            torch.backends.cudnn.conv.fp32_precision = "ieee"
-        model, about_model = open_model(args)
+        models.exact_fp32(device)
+        check_model(args)
+        model, about_model = models.open_model(args)
         model = model.to(device)
         args.res = args.res or [about_model["training"]["args"]["res"]]
         if args.model:
             with torch.no_grad():                                     # raises on a wrong output
                 model(torch.zeros(1, 3, args.res[0], args.res[0], device=device))
-        channels = [check_res(res, model) for res in args.res][0]
+        channels = [models.check_res(res, model) for res in args.res][0]
         source = distributed.from_main(lambda: open_images(args))
         resize = metrics.PROTOCOLS[args.protocol].resize
         sets = [data.ValSet(source, res, args.limit, channels, resize) for res in args.res]

@@ -70,6 +70,11 @@ def natural(text: str) -> int:
     return int(text)
 
 
+def resolutions(text: str) -> list[int]:
+    """Parses integers of at least 1 with commas between them; sorts them and drops repetitions."""
+    return sorted({positive(word) for word in text.split(",")})
+
+
 def amount(text: str) -> float:
     """Parses a finite number of at least 0: weights, rates, limits."""
     if not 0 <= float(text) < math.inf:

@@ -16,6 +16,9 @@ from variants.config import AutoencoderConfig
 
 SCRIPTS = ("train", "eval", "analyze", "export")
 TESTS = ROOT / "tests"
+# other files that add flags of a script or read them
+FLAGS_ELSEWHERE = {"train": ["checkpoint.py", "variants/options.py"], "eval": ["evaluation/models.py"],
+                   "analyze": []}
 # without these nothing happens, which needs no words; all else shows a default
 OFF_UNLESS_GIVEN = {"train": {"--resume", "--init"}, "eval": {
     "CKPT", "--diffusers", "--open-litevae", "--model", "--data", "--json", "--per-image", "--grid",
@@ -37,7 +40,7 @@ def actions(script: str, monkeypatch) -> list[argparse.Action]:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_fault_13_14_every_flag_is_read(script, monkeypatch):
     """Each parsed flag is read as args.NAME outside parse_args, or names a field of the configuration."""
-    files = [f"{script}.py"] + ["checkpoint.py", "variants/options.py"] * (script == "train")
+    files = [f"{script}.py", *FLAGS_ELSEWHERE[script]]
     trees = [ast.parse((ROOT / file).read_text()) for file in files]
     functions = [node for tree in trees for node in tree.body
                  if getattr(node, "name", "parse_args") not in ("parse_args", "add_flags")]
