@@ -1,6 +1,7 @@
-"""Feature and gradient scales in each layer of the decoder (compare the paper's Fig. 3).
+"""Feature and gradient scales in each layer of the decoder, and where its features are large (paper Fig. 3).
 
-`analyze.py` prints the table. Each row is a ResBlock, an upsampling layer, or the first or last convolution.
+`analyze.py` prints the table of `feature_scales`. Each row is a ResBlock, an upsampling layer, or the first
+or last convolution.
 
     feature   rms of the output
     largest   rms of the largest output channel / feature
@@ -14,7 +15,7 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from losses import l1_loss
 from model import Autoencoder, Upsample
@@ -37,13 +38,18 @@ class Layer(NamedTuple):
     scaled: float
 
 
+def named_layers(decoder: nn.Module) -> dict[str, nn.Module]:
+    """The rows of the table, in the order in which they run."""
+    return {name: module for name, module in decoder.named_modules()
+            if hasattr(module, "skip") or isinstance(module, Upsample) or name in ("conv_in", "conv_out")}
+
+
 def feature_scales(model: Autoencoder, x: Tensor, lr: float = 1e-4) -> list[Layer]:
     """Returns one row per layer of model.decoder, for images x (B, C, H, W) decoded from the posterior mean.
 
     Parameters keep their values and receive no gradients.
     """
-    layers = {name: module for name, module in model.decoder.named_modules()
-              if hasattr(module, "skip") or isinstance(module, Upsample) or name in ("conv_in", "conv_out")}
+    layers = named_layers(model.decoder)
     inputs, outputs = {}, {}
 
     def keep(name: str):
@@ -94,6 +100,29 @@ def change(model: Autoencoder, x: Tensor, recon: Tensor, own: dict, lr: float, s
     for p, old in zip(own, before, strict=True):
         p.copy_(old)
     return rms(moved - recon) / rms(recon)
+
+
+@torch.no_grad()
+def feature_norms(model: Autoencoder, x: Tensor) -> dict:
+    """Norm of the features at each position of each layer of model.decoder, for images x (B, C, H, W).
+
+    The norm is the rms over channels. `peak`: its maximum over positions divided by its median, a mean over
+    images; isolated spots of large features make it large. `pictures`: the norms of the first image, (h, w).
+    """
+    maps = {}
+
+    def keep(name: str):
+        def hook(_, args: tuple[Tensor], output: Tensor) -> None:
+            maps[name] = output.float().square().mean(dim=1).sqrt().cpu()
+        return hook
+
+    hooks = [module.register_forward_hook(keep(name)) for name, module in named_layers(model.decoder).items()]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    flat = [norms.flatten(1) for norms in maps.values()]
+    peaks = [(norms.amax(dim=1) / norms.median(dim=1).values).mean().item() for norms in flat]
+    return {"layer": list(maps), "peak": peaks, "pictures": [norms[0] for norms in maps.values()]}
 
 
 def table(rows: list[Layer]) -> str:
