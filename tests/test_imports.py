@@ -10,7 +10,7 @@ from variants import sizes
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # a file imports from floors below its own, and within its floor in no circle
     {"wavelets", "synthetic", "discriminators", "optimizers", "runtime"},
-    {"model", "losses", "data", "evaluation"},
+    {"model", "losses", "data", "evaluation", "tiling"},
     {"variants"},
     {"checkpoint", "pretrained", "evaluation.models"},
     {"train", "eval", "analyze", "export"},
