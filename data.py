@@ -13,6 +13,7 @@ selects the replacement of a broken file.
 import atexit
 import glob
 import hashlib
+import math
 import multiprocessing
 import os
 import signal
@@ -41,23 +42,32 @@ from runtime.sources import (
 
 MAX_TRIES = 100            # training ends after this many broken files in a row
 ORDER, CROP, NOISE = 1, 2, 3     # tags that keep the random streams of one seed apart
+# ours: training decodes a JPEG at 1/2, 1/4 or 1/8 if its short side keeps this many times the side before the
+# crop. 500 x 375 then gives 128 px crops in half the time. Against full decoding they have a PSNR of 46 dB
+# (photographs enlarged to 375 px) or 42 dB (synthetic images), and 7 percent less energy in the finest bands
+OVERSAMPLING = 1.4
 
 
 # ---- one image ---------------------------------------------------------------------------------------------
 
 
 def _resize(image: Image.Image, side: int, kind: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
-    """Resize the short side to `side`, the long side to int(side * long / short) like torchvision, by PIL."""
-    width, height = image.size
-    size = (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
-    return _check_strip(image, size).resize(size, kind)
+    """Resize the short side to `side` by PIL."""
+    return image.resize(_resized(image.size, side), kind)
 
 
-def _check_strip(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    if size[0] * size[1] > MAX_PIXELS:
-        strip, resized = (f"{width} x {height}" for width, height in (image.size, size))
+def _resized(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """(width, height) with a short side of `side`, and int(side * long / short) like torchvision's Resize."""
+    width, height = size
+    resized = (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
+    return _check_strip(size, resized)
+
+
+def _check_strip(size: tuple[int, int], resized: tuple[int, int]) -> tuple[int, int]:
+    if resized[0] * resized[1] > MAX_PIXELS:
+        strip, resized = (f"{width} x {height}" for width, height in (size, resized))
         raise BrokenImage(f"{strip} is too thin: resizing would make it {resized}")
-    return image
+    return resized
 
 
 def val_transform(image: Image.Image, res: int, resize: str = "bicubic") -> Image.Image:
@@ -87,14 +97,13 @@ def _adm(image: Image.Image, res: int) -> Image.Image:
     """
     while min(image.size) >= 2 * res:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    size = _short_side(image, res)
-    return _floor_center(_check_strip(image, size).resize(size, Image.Resampling.BICUBIC), res)
+    size = _check_strip(image.size, _short_side(image, res))
+    return _floor_center(image.resize(size, Image.Resampling.BICUBIC), res)
 
 
 def _opencv(image: Image.Image, res: int) -> Image.Image:
     """Two-tap bilinear without antialiasing, like OpenCV's INTER_LINEAR up to its fixed-point rounding."""
-    width, height = _short_side(image, res)
-    _check_strip(image, (width, height))
+    width, height = _check_strip(image.size, _short_side(image, res))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
     pixels = F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False, antialias=False)
     resized = Image.fromarray(pixels[0].round().byte().permute(1, 2, 0).numpy())
@@ -122,18 +131,45 @@ def train_transform(image: Image.Image, res: int, side: int, flip: bool, rng: np
     With `flip`, mirror half of the images.
     """
     image = _resize(image, side)
-    left, top = int(rng.integers(image.width - res + 1)), int(rng.integers(image.height - res + 1))
+    left, top = _corner(image.size, res, rng)
     image = image.crop((left, top, left + res, top + res))
     return ImageOps.mirror(image) if flip and rng.random() < 0.5 else image
 
 
+def reduced_transform(pixels: Tensor, full_size: tuple[int, int], res: int, side: int, flip: bool,
+                      rng: np.random.Generator) -> Tensor:
+    """train_transform of a picture of `full_size` (width, height) that was decoded with fewer pixels.
+
+    uint8 (C, h, w) -> uint8 (C, res, res). torch's bicubic is twice as fast as PIL's and differs from it by a
+    level or two of 255 in few values, which is little beside what the missing pixels change.
+    """
+    resized = _resized(full_size, side)
+    left, top = _corner(resized, res, rng)
+    # 375 rows at 1/2 are 187.5, stored as 188; the excess keeps interpolate, which rounds down, at `resized`
+    scales = [(new + 1e-6) / (full / round(full / own))
+              for new, full, own in zip(resized, full_size, reversed(pixels.shape[1:]), strict=True)]
+    pixels = F.interpolate(pixels[None], scale_factor=scales[::-1], mode="bicubic", antialias=True)[0]
+    crop = pixels[:, top:top + res, left:left + res]
+    return (crop.flip(-1) if flip and rng.random() < 0.5 else crop).contiguous()
+
+
+def _corner(size: tuple[int, int], res: int, rng: np.random.Generator) -> tuple[int, int]:
+    """A random (left, top) of a res x res crop."""
+    width, height = size
+    return int(rng.integers(width - res + 1)), int(rng.integers(height - res + 1))
+
+
 def to_tensor(image: Image.Image, channels: int = 3) -> Tensor:
     """PIL RGB -> uint8 (channels, H, W) with 3 channels or 1 (BT.601 luma); ValueError for other numbers."""
+    return _pixels(image, channels).contiguous()
+
+
+def _pixels(image: Image.Image, channels: int) -> Tensor:
+    """to_tensor, but the channels of a pixel stay side by side in memory."""
     if channels not in (1, 3):
         raise ValueError(f"images must have 1 (grey) or 3 (RGB) channels, not {channels}")
     pixels = np.array(image if channels == 3 else image.convert("L"))    # a copy: PIL's memory is read-only
-    pixels = pixels.reshape(image.height, image.width, channels)
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(pixels.reshape(image.height, image.width, channels)).permute(2, 0, 1)
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -228,18 +264,23 @@ class TrainSet(Dataset):
     """Training samples, numbered 0, 1, 2, ... over the whole run, each a pure function of (seed, number).
 
     rescale: (lo, hi); the short side is uniform in [lo * res, hi * res] before the res x res crop.
+    oversampling: a JPEG may be decoded with fewer pixels if its short side keeps this many times that before
+    the crop; 0: never (see OVERSAMPLING).
     latent_shape: (Z, h, w) of the posterior's noise, which is drawn here because the loader's processes have
     time for it. Item: (uint8 (channels, res, res), float32 N(0, 1) of latent_shape, messages about the
-    broken files that it replaces). Raises ValueError if rescale is below 1, and NoImages if MAX_TRIES files
-    in a row are broken.
+    broken files that it replaces). Raises ValueError if rescale or oversampling is below 1, and NoImages if
+    MAX_TRIES files in a row are broken.
     """
 
     def __init__(self, source: Source, res: int, seed: int, rescale: tuple[float, float] = (1, 1),
-                 flip: bool = True, channels: int = 3, latent_shape: tuple[int, ...] = (0,)):
+                 flip: bool = True, channels: int = 3, latent_shape: tuple[int, ...] = (0,),
+                 oversampling: float = OVERSAMPLING):
         if not 1 <= rescale[0] <= rescale[1]:
             raise ValueError(f"rescale is {rescale[0]} {rescale[1]}, but must be 1 <= low <= high")
         self.source, self.res, self.seed, self.flip, self.channels = source, res, seed, flip, channels
-        self.latent_shape = latent_shape
+        if 0 < oversampling < 1:
+            raise ValueError(f"oversampling is {oversampling}, but must be 0 or at least 1")
+        self.latent_shape, self.oversampling = latent_shape, oversampling
         self.sides = round(res * rescale[0]), round(res * rescale[1])
         self._order = -1, np.empty(0, dtype=np.int64)    # the last requested epoch and its permutation
 
@@ -253,8 +294,12 @@ class TrainSet(Dataset):
     def _sample(self, index: int, k: int) -> Tensor:
         rng = np.random.default_rng([self.seed, k, CROP])
         side = int(rng.integers(self.sides[0], self.sides[1] + 1))
-        image = train_transform(self.source.read(index, side), self.res, side, self.flip, rng)
-        return to_tensor(image, self.channels)
+        least = math.ceil(self.oversampling * side)
+        image, full_size = self.source.read_reduced(index, side, least)
+        crop = self.res, side, self.flip, rng
+        if image.size == full_size:
+            return to_tensor(train_transform(image, *crop), self.channels)
+        return reduced_transform(_pixels(image, self.channels), full_size, *crop)
 
     def noise(self, k: int) -> Tensor:
         rng = np.random.default_rng([self.seed, k, NOISE])

@@ -58,6 +58,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     images("--res", type=cli.resolutions, metavar="N[,N]",
            help="side of the square images, pixels; several values give a curve (default: the checkpoint's)")
     images("--limit", type=cli.positive, help="score this many images, spread over the set (default: all)")
+    images("--listing-cache", action=argparse.BooleanOptionalAction, default=True,
+           help="keep long listings of files in ~/.cache/litevae and use them while nothing has changed")
     scores = parser.add_argument_group("scores").add_argument
     scores("--protocol", choices=tuple(metrics.PROTOCOLS), default="default", help="evaluation protocol")
     scores("--metrics", type=metric_names, metavar="NAME[,NAME]",
@@ -117,9 +119,9 @@ def check_model(args: argparse.Namespace) -> None:
 
 def open_images(args: argparse.Namespace) -> sources.Source:
     if args.data:
-        return sources.open_source(args.data, held_out=True)
+        return sources.open_source(args.data, held_out=True, cached=args.listing_cache)
     root = None if args.imagenet_val == DEFAULT else args.imagenet_val
-    return data.by_file_name(sources.open_source(data.imagenet_val_spec(root)))
+    return data.by_file_name(sources.open_source(data.imagenet_val_spec(root), cached=args.listing_cache))
 
 
 def load_networks(args: argparse.Namespace, device: torch.device) -> tuple[dict, dict, dict]:

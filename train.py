@@ -79,8 +79,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--res", type=cli.positive, default=128, help="side of the square training crops, pixels")
     add("--rescale", type=float, nargs=2, default=(1.0, 1.0), metavar=("LO", "HI"),
         help="short side uniform in [LO res, HI res] before the crop; open-LiteVAE: 1 2")
+    add("--jpeg-oversampling", type=cli.amount, default=data.OVERSAMPLING,
+        help="decode training JPEGs at 1/2, 1/4 or 1/8 if the short side keeps X times that before the crop; "
+             "0: always in full")
     add("--num-workers", type=cli.natural, default=data.default_workers(),
         help="loader processes of each training process; unless given, 4 or the number of cores if smaller")
+    add("--listing-cache", action=switch, default=True,
+        help="keep long listings of files in ~/.cache/litevae and use them while nothing has changed")
 
     add = parser.add_argument_group("model").add_argument
     add("--scale", choices=tuple(SCALES), default="B", help="of encoders with wavelets, paper Table 2")
@@ -270,15 +275,15 @@ def set_fast_math(device: torch.device) -> torch.memory_format:
 def open_data(args: argparse.Namespace, config: LiteVAEConfig) -> tuple[data.TrainSet, data.ValSet]:
     """Training and validation set; ValueError or OSError in one line if there is nothing to train on."""
     spec = args.data or data.default_train_spec()
-    source = sources.open_source(spec)
+    source = sources.open_source(spec, cached=args.listing_cache)
     val_spec = args.val_data or data.default_val_spec(spec)
     if val_spec:
-        val_source = sources.open_source(val_spec, held_out=True)
+        val_source = sources.open_source(val_spec, held_out=True, cached=args.listing_cache)
     else:
         source, val_source = data.split_val(source, args.val_count)
     latent_shape = (config.latent_channels, *[args.res // config.downsample_factor] * 2)
     train_set = data.TrainSet(source, args.res, args.seed, tuple(args.rescale), channels=args.in_channels,
-                              latent_shape=latent_shape)
+                              latent_shape=latent_shape, oversampling=args.jpeg_oversampling)
     val_set = data.ValSet(val_source, args.res, args.val_count, channels=args.in_channels)
     val_name = val_spec or f"{spec}, held out"
     print0(f"data: {len(source):,} images of {spec}; validation: {len(val_set):,} images of {val_name}")

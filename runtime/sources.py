@@ -1,7 +1,7 @@
 """Reads images from folders, archives and the synthetic generator.
 
 `open_source` lists the images. A source has a length, names, and `read(i, side)`, which returns an RGB image
-or raises BrokenImage.
+or raises BrokenImage. `read_reduced` decodes JPEGs faster, with fewer pixels, for training only.
 """
 
 import copy
@@ -20,6 +20,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from runtime import listings
+from runtime.listings import Listing, Watched
 from synthetic import dead_leaves
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")    # in any case: ImageNet has .JPEG
@@ -37,15 +39,29 @@ class NoImages(ValueError):
 
 
 def load_rgb(file: str | Path | BinaryIO | bytes) -> Image.Image:
-    """Decode an image to 8-bit RGB, the same way for training and evaluation.
+    """Decode an image to 8-bit RGB.
 
     8-bit RGB is unchanged; grey, palette and CMYK are converted; 16-bit grey is divided by 257; alpha is
     composited over white. EXIF orientation is ignored, as in the published ImageNet protocols.
     Raises BrokenImage if the file cannot be decoded; truncated files and decompression bombs count as such.
     """
+    return load_reduced(file, 0)[0]
+
+
+def load_reduced(file: str | Path | BinaryIO | bytes, least: int) -> tuple[Image.Image, tuple[int, int]]:
+    """load_rgb, but a JPEG is decoded at 1/2, 1/4 or 1/8 if its short side keeps `least` pixels; 0: never.
+
+    libjpeg leaves out the high frequencies of each block, which takes less time than computing all pixels.
+    Returns the image, whose sides are rounded up, and the full (width, height).
+    """
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
-            return _to_rgb(image)
+            size = image.size
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} is more than {MAX_PIXELS} pixels")
+            if least:
+                image.draft(None, (least, least))    # does nothing in other formats
+            return _to_rgb(image), size
     except UnidentifiedImageError as error:    # Pillow's message is only a memory address
         raise BrokenImage(f"not one of {', '.join(FORMATS)}") from error
     except Exception as error:    # Pillow's decoders raise almost any type on damaged bytes
@@ -53,8 +69,6 @@ def load_rgb(file: str | Path | BinaryIO | bytes) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} is more than {MAX_PIXELS} pixels")
     if image.mode == "F":
         raise ValueError("float pixels have no fixed range; store 8 or 16 bits")
     if image.mode.startswith("I"):
@@ -65,22 +79,21 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")    # convert would copy RGB
 
 
 class FileSource:
     """Images in folders and archives as one flat list with random access.
 
-    roots: (folder, archive in it or ""); entries: (root number, name, offset, size), offset -1 for a file.
-    Entries are stored in two arrays, because forked workers copy a list of strings on first access; the 1.28M
-    files of ImageNet take 70 MB once. No file is kept open: workers may fork or spawn, and tars may be many.
+    The listing is stored in two arrays, because forked workers copy a list of strings on first access; the
+    1.28M files of ImageNet take 70 MB once. No file is kept open: workers may fork or spawn, and tars may be
+    many.
     """
 
-    def __init__(self, spec: str, roots: Sequence[tuple[str, str]],
-                 entries: Sequence[tuple[int, str, int, int]]):
-        self.spec, self.roots = spec, roots
-        self.names = np.array([os.fsencode(name) for _, name, _, _ in entries])
-        self.table = np.array([(root, offset, size) for root, _, offset, size in entries])
+    def __init__(self, spec: str, listing: Listing):
+        self.spec = spec
+        self.roots, self.names, self.table = listing
 
     def __len__(self) -> int:
         return len(self.table)
@@ -101,6 +114,10 @@ class FileSource:
 
     def read(self, i: int, side: int) -> Image.Image:
         """Image i as RGB in its own size (only synthetic images use `side`); raises BrokenImage."""
+        return self.read_reduced(i, side, 0)[0]
+
+    def read_reduced(self, i: int, side: int, least: int) -> tuple[Image.Image, tuple[int, int]]:
+        """Image i and its full (width, height), as by `load_reduced`; raises BrokenImage."""
         root, offset, size = self.table[i].tolist()
         try:
             if offset < 0:
@@ -109,7 +126,7 @@ class FileSource:
                 data = _read_member(os.path.join(*self.roots[root]), offset, size)
         except (OSError, zlib.error) as error:
             raise BrokenImage(getattr(error, "strerror", None) or str(error)) from error
-        return load_rgb(data)
+        return load_reduced(data, least)
 
 
 class SyntheticSource:
@@ -133,34 +150,55 @@ class SyntheticSource:
         """Image i, side x side."""
         return Image.fromarray(dead_leaves(self.seed, i, side))
 
+    def read_reduced(self, i: int, side: int, least: int) -> tuple[Image.Image, tuple[int, int]]:
+        """Image i, side x side, and this size."""
+        return self.read(i, side), (side, side)
+
 
 Source = FileSource | SyntheticSource
 
 
-def open_source(spec: str, held_out: bool = False) -> Source:
+def open_source(spec: str, held_out: bool = False, cached: bool = True) -> Source:
     """Opens a --data value: folders at any depth, image files, .tar and .zip, separated by commas.
 
     Globs and ranges such as train-{0000..0252}.tar are expanded. The word synthetic stands for dead-leaves
-    images; held_out selects those that are never used for training. Raises ValueError with one line if a path
-    is missing or damaged, or if there are no images.
+    images; held_out selects those that are never used for training. cached: whether a long listing may come
+    from runtime/listings.py and be kept there. Raises ValueError with one line if a path is missing or
+    damaged, or if there are no images.
     """
     if spec == "synthetic":
         return SyntheticSource(HELD_OUT if held_out else 0)
-    roots: dict[tuple[str, str], int] = {}
-    entries: list[tuple[int, str, int, int]] = []
     try:
-        for path in _expand(spec):
-            root, members = _index(path)
-            number = roots.setdefault(root, len(roots))
-            entries += [(number, *member) for member in sorted(members)]
+        paths = _expand(spec)
+        # a glob of images has been listed by its expansion
+        cached = cached and not any(path.lower().endswith(EXTENSIONS) for path in paths)
+        listing = listings.load(paths) if cached else None
+        if listing is None:
+            watched = Watched()
+            listing = _list(paths, watched)
+            if cached:
+                listings.save(paths, listing, watched)
     except OSError as error:
         raise ValueError(f"data source {spec!r}: {error.strerror}: {error.filename!r}") from error
     except (ValueError, tarfile.TarError, zipfile.BadZipFile) as error:
         raise ValueError(f"data source {spec!r}: {error}") from error
-    if not entries:
+    if not len(listing.names):
         raise ValueError(f"data source {spec!r} contains no images ({' '.join(EXTENSIONS)}); give the "
                          "archives in a folder as folder/*.tar; synthetic needs no files")
-    return FileSource(spec, list(roots), entries)
+    return FileSource(spec, listing)
+
+
+def _list(paths: Sequence[str], watched: Watched) -> Listing:
+    """Lists the images of each path, sorted by name within it."""
+    roots: dict[tuple[str, str], int] = {}
+    entries: list[tuple[int, str, int, int]] = []
+    for path in paths:
+        root, members = _index(path, watched)
+        number = roots.setdefault(root, len(roots))
+        entries += [(number, *member) for member in sorted(members)]
+    names = np.array([os.fsencode(name) for _, name, _, _ in entries], dtype=np.bytes_)
+    table = np.array([(root, offset, size) for root, _, offset, size in entries], dtype=np.int64)
+    return Listing(list(roots), names, table)
 
 
 def _expand(spec: str) -> list[str]:
@@ -184,10 +222,12 @@ def _expand_ranges(pattern: str) -> list[str]:
     return [path for n in numbers for path in _expand_ranges(f"{head}{n:0{len(match[1])}}{tail}")]
 
 
-def _index(path: str) -> tuple[tuple[str, str], list[tuple[str, int, int]]]:
+def _index(path: str, watched: Watched) -> tuple[tuple[str, str], list[tuple[str, int, int]]]:
     """Returns the root (folder, archive) and its images (name, offset, size)."""
     if os.path.isdir(path):
-        return (path, ""), _index_folder(path)
+        return (path, ""), _index_folder(path, watched)
+    if path.lower().endswith((".tar", ".zip")):
+        watched.add(path)
     if path.lower().endswith(".tar"):
         return os.path.split(path), _index_tar(path)
     if path.lower().endswith(".zip"):
@@ -199,25 +239,42 @@ def _index(path: str) -> tuple[tuple[str, str], list[tuple[str, int, int]]]:
 
 def _is_image(name: str) -> bool:
     """Checks the extension; excludes hidden files and hidden folders (macOS's ._x.jpg, .Trash)."""
-    return name.lower().endswith(EXTENSIONS) and not re.search(r"(^|/)\.[^/.]", name)
+    return name.lower().endswith(EXTENSIONS) and not _is_hidden(name)
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _is_hidden(name: str) -> bool:
+    return re.search(r"(^|/)\.[^/.]", name) is not None
 
 
-def _index_folder(root: str) -> list[tuple[str, int, int]]:
-    members, seen = [], set()
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=_raise):
-        real = os.path.realpath(folder)
+def _index_folder(root: str, watched: Watched) -> list[tuple[str, int, int]]:
+    members, seen, waiting = [], set(), [""]
+    while waiting:
+        folder = waiting.pop()
+        path = os.path.join(root, folder)
+        watched.add(path)
+        real = os.path.realpath(path)
         if real in seen:    # a link to a parent folder would loop
-            folders.clear()
             continue
         seen.add(real)
-        folders.sort()
-        names = [os.path.join(folder[len(root):].strip("/"), file) for file in files]
-        members += [(name, -1, 0) for name in names if _is_image(name)]
+        folders = []
+        with os.scandir(path) as found:
+            for entry in found:
+                name = os.path.join(folder, entry.name)
+                if _is_folder(entry):
+                    folders.append(name)
+                elif _is_image(name):
+                    members.append((name, -1, 0))
+                elif entry.is_symlink():
+                    watched.add_link(entry.path)
+        waiting += sorted((name for name in folders if not _is_hidden(name)), reverse=True)
     return members
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:    # a link that leads nowhere
+        return False
 
 
 def _index_tar(path: str) -> list[tuple[str, int, int]]:

@@ -4,9 +4,11 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import tarfile
 import time
@@ -19,7 +21,8 @@ import numpy as np
 import pytest
 import torch
 from formulas import image_a
-from PIL import Image
+from PIL import Image, ImageOps
+from skimage.metrics import peak_signal_noise_ratio
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 import data
@@ -27,7 +30,9 @@ import eval as eval_script
 import train
 from data import GlobalBatchSampler, TrainSet, ValSet
 from runtime import sources
-from runtime.sources import BrokenImage, load_rgb, open_source
+from runtime.listings import Listing
+from runtime.sources import BrokenImage, load_reduced, load_rgb, open_source
+from synthetic import dead_leaves
 
 SHARED = Path(__file__).parents[2] / "shared"      # photographs, where there are some
 KNOWN = Path(__file__).parent / "known_answers.json"
@@ -75,6 +80,12 @@ def contents(source: sources.Source, side: int = 0) -> list[bytes]:
 
 def names(source: sources.Source) -> list[str]:
     return [source.name(i) for i in range(len(source))]
+
+
+def listed(folder: str, files: list[str]) -> sources.FileSource:
+    """A source with these names, whether there are such files or not."""
+    table = np.array([(0, -1, 0)] * len(files))
+    return sources.FileSource("x", Listing([(folder, "")], np.array([os.fsencode(f) for f in files]), table))
 
 
 def grey_folder(root: Path, n: int) -> str:
@@ -156,6 +167,46 @@ def test_exif_orientation_is_ignored():
     assert load_rgb(encode(picture(0), "PNG", exif=exif)).tobytes() == picture(0).tobytes()
 
 
+def photo(seed: int = 0, width: int = 500, height: int = 375, **options) -> bytes:
+    """A dead-leaves JPEG of quality 90."""
+    image = Image.fromarray(dead_leaves(3, seed, max(width, height))[:height, :width])
+    return encode(image.convert(options.pop("mode", "RGB")), "JPEG", quality=90, **options)
+
+
+@pytest.mark.parametrize("least, expected", [
+    (0, (500, 375)), (188, (500, 375)), (187, (250, 188)), (94, (250, 188)), (93, (125, 94)),
+    (46, (63, 47)), (1, (63, 47)),
+])  # fmt: skip
+def test_reduced_size(least, expected):
+    """The smallest of 1/1, 1/2, 1/4, 1/8 whose short side, before rounding up, has `least` pixels."""
+    image, size = load_reduced(photo(), least)
+    assert image.size == expected and size == (500, 375) and image.mode == "RGB"
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"mode": "L"}, {"mode": "CMYK"}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True},
+    {"exif": bytes.fromhex("45786966000049492a0008000000010012010300010000000600000000000000")},
+], ids=["RGB", "grey", "CMYK", "4:4:4", "4:2:2", "progressive", "turned by EXIF"])
+def test_reduced_image_is_the_full_one(options):
+    """Fewer pixels of the same picture: grey, CMYK and EXIF as in load_rgb; in full, equal to it."""
+    file = photo(width=256, height=192, **options)
+    full = load_rgb(file)
+    assert load_reduced(file, 97)[0].tobytes() == full.tobytes()
+    for least, scale in ((96, 2), (48, 4), (24, 8)):
+        image, size = load_reduced(file, least)
+        assert size == full.size == (256, 192) and image.size == (256 // scale, 192 // scale)
+        assert psnr(np.asarray(full.reduce(scale)), np.asarray(image)) > 36
+        assert options.get("mode") != "L" or np.ptp(np.asarray(image), axis=2).max() == 0
+
+
+def test_other_formats_are_never_reduced():
+    """Only JPEGs have a fast way to fewer pixels."""
+    for kind in ("PNG", "BMP", "TIFF", "WEBP"):
+        file = encode(picture(0, 200, 160), kind)
+        image, size = load_reduced(file, 10)
+        assert image.size == size == (200, 160) and image.tobytes() == load_rgb(file).tobytes()
+
+
 BROKEN = {
     "empty": b"",
     "text": b"not an image\n" * 50,
@@ -177,9 +228,13 @@ BROKEN = {
 @pytest.mark.parametrize("kind", BROKEN)
 def test_broken_bytes_are_refused(kind):
     """Each kind of broken file raises BrokenImage, whose message is one line without a memory address."""
-    with pytest.raises(BrokenImage) as error:
-        load_rgb(BROKEN[kind])
-    assert str(error.value).strip() and "\n" not in str(error.value) and "0x" not in str(error.value)
+    messages = set()
+    for least in (0, 1):
+        with pytest.raises(BrokenImage) as error:
+            load_reduced(BROKEN[kind], least)
+        messages.add(re.sub(r"\d+", "N", str(error.value)))
+    (message,) = messages                                 # in full and reduced, but for a count of bytes
+    assert message.strip() and "\n" not in message and "0x" not in message
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -209,7 +264,7 @@ def test_damaged_bytes_raise_nothing_else():
             bad = np.frombuffer(good, dtype=np.uint8).copy()
             bad[rng.integers(0, 200, 8)] = rng.integers(0, 256, 8)
             try:
-                load_rgb(bad.tobytes())
+                load_reduced(bad.tobytes(), 8 * (len(bad) % 2))
             except BrokenImage:
                 broken += 1
     assert broken > 100
@@ -283,6 +338,109 @@ def test_train_transform_is_a_crop_of_the_resized_image():
     windows = {resized[:, x:x + 32].tobytes(): x for x in range(17)}
     crops = [data.train_transform(image, 32, 32, False, rng).tobytes() for _ in range(300)]
     assert {windows[crop] for crop in crops} == set(range(17))
+
+
+def window(size: tuple[int, int], res: int, side: int, seed: int) -> tuple[int, int, bool, tuple[int, int]]:
+    """(left, top, mirrored, size of the resized image): what the stream of this seed stands for."""
+    rng, short = np.random.default_rng(seed), min(size)
+    width, height = (int(side * length / short) for length in size)
+    left, top = rng.integers(width - res + 1), rng.integers(height - res + 1)
+    return int(left), int(top), bool(rng.random() < 0.5), (width, height)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return peak_signal_noise_ratio(a, b, data_range=255)
+
+
+def reduced_crop(file: bytes, res: int, side: int, flip: bool, seed: int) -> np.ndarray:
+    """A crop (res, res, 3) of fewer pixels, as in training."""
+    image, size = load_reduced(file, math.ceil(data.OVERSAMPLING * side))
+    assert image.size != size
+    rng = np.random.default_rng(seed)
+    crop = data.reduced_transform(data.to_tensor(image), size, res, side, flip, rng)
+    assert crop.shape == (3, res, res) and crop.dtype == torch.uint8 and crop.is_contiguous()
+    return crop.permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("width, height, side, mean, worst", [
+    (500, 375, 128, 40, 33),       # 1/2, 1.46 times the side
+    (375, 500, 94, 44, 38),        # 1/2, 1.99
+    (333, 500, 50, 41, 33),        # 1/4, 1.67
+    (500, 333, 29, 38, 33),        # 1/8, 1.44
+])  # fmt: skip
+def test_reduced_crop_is_nearly_the_full_one(width, height, side, mean, worst):
+    """Against full decoding, PIL's resize and the crop that the stream stands for: PSNR in dB, 8 images."""
+    scores, res = [], side - 8
+    for seed in range(8):
+        file = photo(seed, width, height)
+        left, top, mirrored, resized = window((width, height), res, side, seed)
+        full = load_rgb(file).resize(resized, Image.Resampling.BICUBIC)
+        full = full.crop((left, top, left + res, top + res))
+        expected = np.asarray(ImageOps.mirror(full) if mirrored else full)
+        scores.append(psnr(expected, reduced_crop(file, res, side, True, seed)))
+    assert np.mean(scores) > mean and min(scores) > worst
+
+
+@pytest.mark.parametrize("width, height", [(500, 375), (501, 377), (383, 509), (391, 390)])
+def test_reduced_crop_is_not_shifted(width, height):
+    """A smooth ramp comes out the same within two levels, also where 1/2 or 1/8 of a side is no integer."""
+    ramp = np.linspace(0, 255, width)[None, :, None] * [1, 0, 0] + (
+        np.linspace(255, 0, height)[:, None, None] * [0, 1, 0]) + [0, 0, 77]
+    file = encode(Image.fromarray(ramp.round().astype(np.uint8)), "JPEG", quality=98, subsampling=0)
+    for side in (130, 65, 33):
+        left, top, _, resized = window((width, height), side, side, 0)
+        full = np.asarray(load_rgb(file).resize(resized, Image.Resampling.BICUBIC)).astype(int)
+        difference = reduced_crop(file, side, side, False, 0) - full[top:top + side, left:left + side]
+        assert np.abs(difference).max() <= 2
+
+
+def test_resize_of_reduced_images_equals_pil():
+    """Of the same pixels, torch's bicubic differs from PIL's by two levels at most, and in few values.
+
+    The pixels are soft, because Pillow 13 begins with the columns of tall images, which shows where it clips.
+    """
+    rng, differences = np.random.default_rng(0), []
+    for _ in range(30):
+        width, height = (2 * int(n) for n in rng.integers(80, 260, 2))
+        side = int(rng.integers(40, min(width, height) // 2 / 1.4))
+        image = picture(1, width // 2, height // 2).point(lambda level: 64 + level // 2)    # seen at 1/2
+        crop = data.reduced_transform(data.to_tensor(image), (width, height), side, side, False,
+                                      np.random.default_rng(0))
+        left, top, _, resized = window((width, height), side, side, 0)
+        expected = image.resize(resized, Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+        differences.append((crop.permute(1, 2, 0).numpy() - np.asarray(expected).astype(int)).ravel())
+    difference = np.abs(np.concatenate(differences))
+    assert difference.max() <= 2 and (difference > 0).mean() < 0.02
+
+
+def test_oversampling(tmp_path):
+    """Decoding with fewer pixels changes neither crops nor flips; 0 decodes all; validation always does."""
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(photo(i, 400, 300))
+    source, read = open_source(str(tmp_path)), []
+    real = sources.load_reduced
+
+    def load(content: bytes, least: int):
+        image, size = real(content, least)
+        read.append((min(image.size), least))
+        return image, size
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "load_reduced", load)
+        for channels in (3, 1):
+            options = dict(res=64, seed=4, rescale=(1, 1.5), channels=channels)
+            full, fast = TrainSet(source, **options, oversampling=0), TrainSet(source, **options)
+            for k in range(12):
+                a, b = (np.squeeze(samples[k][0].numpy()) for samples in (full, fast))
+                assert a.shape == b.shape and psnr(a, b) > 33
+                assert psnr(a, b[..., ::-1]) < 30 and psnr(a, np.roll(b, 3, axis=-1)) < 30
+        assert {short for short, least in read[::2]} == {300}
+        assert {short for short, least in read[1::2]} == {150} and read[1][1] >= 1.4 * 64
+        read.clear()
+        ValSet(source, 64)[0]
+        assert read == [(300, 0)]
+    with pytest.raises(ValueError, match="oversampling is 0.5, but must be 0 or at least 1"):
+        TrainSet(source, 64, 0, oversampling=0.5)
 
 
 def test_flip_happens_half_the_time():
@@ -386,6 +544,13 @@ def test_hidden_files_are_skipped_and_links_followed_once(tmp_path):
     assert names(source) == ["a.png", "link/f.png", "sub/e.png"]
 
 
+def test_hidden_link_does_not_hide_a_folder(tmp_path):
+    """A hidden link to a folder of the tree does not count as that folder's first appearance."""
+    root = write_tree(tmp_path / "root", ["a.png", "sub/b.png"])
+    (root / ".sub").symlink_to("sub")
+    assert names(open_source(str(root))) == ["a.png", "sub/b.png"]
+
+
 def test_dotted_members_of_a_tar_are_found(tmp_path):
     """Members called ./a.png, as tar -C folder . writes them, are images and not hidden files."""
     root = write_tree(tmp_path / "tree", ["a.png"])
@@ -453,8 +618,8 @@ def test_unreadable_folder_is_an_error(tmp_path, monkeypatch):
 
 def test_source_is_small(tmp_path):
     """100,000 files of ImageNet's names take under 8 MB, pickled for a spawned worker too."""
-    entries = [(0, f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG", -1, 0) for i in range(100_000)]
-    assert len(pickle.dumps(sources.FileSource("x", [("imagenet/train", "")], entries))) < 8e6
+    files = [f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(100_000)]
+    assert len(pickle.dumps(listed("imagenet/train", files))) < 8e6
 
 
 # ---- held-out images and defaults --------------------------------------------------------------------------
@@ -481,8 +646,7 @@ def test_held_out_images_are_not_trained_on(tmp_path):
 @pytest.mark.parametrize("count, held", [(2, 1), (7, 1), (8, 2), (39, 9), (41, 10), (100, 10)])
 def test_small_sources_give_a_quarter(count, held):
     """Ten images are held out where there are 40, a quarter below, and one at least."""
-    source = sources.FileSource("x", [("", "")], [(0, f"{i}.png", -1, 0) for i in range(count)])
-    train, val = data.split_val(source, 10)
+    train, val = data.split_val(listed("", [f"{i}.png" for i in range(count)]), 10)
     assert (len(train), len(val)) == (count - held, held)
 
 

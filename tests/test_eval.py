@@ -25,7 +25,7 @@ from torchvision.transforms.functional import center_crop
 import checkpoint
 import eval as script
 from evaluation import fid, metrics
-from runtime import weights
+from runtime import listings, weights
 from variants import foreign
 
 SCORES = ("psnr", "ssim", "ssim_7x7", "psnr_std", "psnr_pooled", "n")
@@ -400,3 +400,17 @@ def test_user_errors(place, refused, flags, expected):
     (place / "text.pt").write_text("# not a checkpoint\n")
     (place / "cut.pt").write_bytes((place / "ckpt.pt").read_bytes()[:100_000])
     assert expected in refused("eval", f"{QUICK} --json out/scores.json --grid out/grid.png {flags}")
+
+
+def test_listing_cache(place, monkeypatch):
+    """A long listing is kept for the next time, but not with --no-listing-cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    monkeypatch.setattr(listings, "MIN_IMAGES", 1)
+    monkeypatch.setattr(listings, "SETTLED", 0)
+    for images in ("--data pictures", "--imagenet-val pictures"):
+        shutil.rmtree(place / "cache", ignore_errors=True)
+        without = score(place, f"ckpt.pt {images} --no-listing-cache")
+        assert not (place / "cache").exists()
+        for _ in range(2):
+            assert score(place, f"ckpt.pt {images}")["names_sha256"] == without["names_sha256"]
+            assert len(list((place / "cache/litevae").iterdir())) == 1

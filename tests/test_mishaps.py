@@ -477,7 +477,7 @@ def test_file_deleted_and_forbidden_in_mid_run(tmp_path):
 @pytest.mark.parametrize("death, words", [
     (lambda k: os.kill(os.getpid(), signal.SIGKILL), "is killed by signal: Killed"),
     (lambda k: sys.exit(3), "exited unexpectedly"),
-    (lambda k: setattr(sources, "load_rgb", refuse), "broken images in a row"),
+    (lambda k: setattr(sources, "load_reduced", refuse), "broken images in a row"),
 ], ids=["killed", "exits", "all broken"])  # fmt: skip
 def test_worker_that_dies(tmp_path, death, words):
     """One line with what happened and --resume, exit code 1, no traceback, and the checkpoint loads."""
@@ -502,7 +502,7 @@ def test_worker_that_dies(tmp_path, death, words):
     assert checkpoint.load(tmp_path / "run/ckpt.pt")["step"] > 0
 
 
-def refuse(content: bytes):
+def refuse(content: bytes, least: int):
     raise sources.BrokenImage("made unreadable")
 
 

@@ -28,7 +28,7 @@ import data
 import losses
 import train
 from model import LiteVAEConfig, scale_fields
-from runtime import sources
+from runtime import listings, sources
 from runtime.log import Log, Numbers, Progress
 from runtime.watch import Watch
 from variants.build import DISCRIMINATORS, build, recompute_blocks
@@ -712,6 +712,34 @@ def test_fault_05_parameters_stay_fp32_under_bf16(train_run):
     assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.float32}
 
 
+def test_jpeg_oversampling(train_run, tmp_path):
+    """JPEGs with pixels to spare train a little differently; 0 is full decoding, as of a lossless copy."""
+    write_images(tmp_path / "jpeg", [f"{i}.jpg" for i in range(4)], side=128)
+    (tmp_path / "png").mkdir()
+    for file in (tmp_path / "jpeg").iterdir():
+        Image.open(file).save(tmp_path / f"png/{file.stem}.png")
+    flags = "--val-data synthetic --data"
+    fast, exact = train_run(f"{flags} jpeg"), train_run(f"{flags} jpeg --jpeg-oversampling 0 --out exact")
+    lossless = train_run(f"{flags} png --out png")
+    assert exact.lines == lossless.lines
+    for line, other in zip(fast.steps, exact.steps, strict=True):
+        assert line["l1"] != other["l1"] and line["l1"] == pytest.approx(other["l1"], rel=0.05)
+
+
+def test_listing_cache(train_run, tmp_path, monkeypatch):
+    """The listings of training and validation images are kept, but not with --no-listing-cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(listings, "MIN_IMAGES", 1)
+    monkeypatch.setattr(listings, "SETTLED", 0)
+    for name in ("train", "val"):
+        write_images(tmp_path / name, [f"{i}.png" for i in range(4)], side=32)
+    without = train_run("--data train --no-listing-cache")
+    assert not (tmp_path / "cache").exists()
+    first, second = train_run("--data train --out first"), train_run("--data train --out second")
+    assert len(list((tmp_path / "cache/litevae").iterdir())) == 2
+    assert without.lines == first.lines == second.lines
+
+
 def test_validation_data(train_run, tmp_path, capsys):
     """--val-data is what is validated on, --val-count of it, each --eval-every steps and at the end."""
     write_images(tmp_path / "own", [f"{i}.png" for i in range(6)], side=32)
@@ -842,6 +870,7 @@ UNET = "--data synthetic --res 64 --disc unet-s --conv1x1"
     ("--data synthetic --res 100", "--res 100 is not divisible by the downsample factor 8"),
     ("--data synthetic --res 40 --levels 4", "--res 40 is not divisible by the downsample factor 16"),
     ("--data synthetic --res 8", "--res 8 is below 16"),
+    ("--data synthetic --jpeg-oversampling 0.5", "oversampling is 0.5, but must be 0 or at least 1"),
     ("--data synthetic --res 96 --disc unet-s", "takes multiples of 64 pixels, at least 64, got 96x96"),
     ("--data synthetic --res 16 --disc patch", "takes multiples of 8 pixels, at least 32, got 16x16"),
     ("--data synthetic --cutmix 1 --disc patch", "--cutmix needs pixel logits, got --disc patch"),
