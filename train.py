@@ -39,7 +39,7 @@ from optimizers import Muon, adam, set_rate, split_parameters
 from runtime import cli, distributed, sources
 from runtime.distributed import print0
 from runtime.failures import STOPPED, catch_signals, failures
-from runtime.log import Log, Numbers, Progress, best_by, history
+from runtime.log import Log, Numbers, Progress, Waiting, best_by, history
 from runtime.watch import Watch
 from runtime.weights import load_vgg
 from variants import options
@@ -651,11 +651,11 @@ def main() -> None:
 
     trainer.prepare([sampler.rows(micro) for micro in range(accumulate)], inherited=bool(about["parent"]))
     broken: set[str] = set()                              # files named so far
-    batches = data.report_broken(train_loader, broken)
+    batches = Waiting(data.report_broken(train_loader, broken))
     received, overdue, watch, grey = catch_signals(), False, Watch(print0), None
     bar = tqdm(range(start, args.steps + 1), initial=start, total=args.steps, dynamic_ncols=True,
                disable=not distributed.is_main())
-    progress = Progress(log, watch, bar)
+    progress = Progress(log, watch, bar, batches)
 
     for step in bar:                                      # one turn more than updates: save, evaluate, stop
         done, last = step + 1, step == args.steps

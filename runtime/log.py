@@ -2,8 +2,11 @@
 
 import json
 import math
+import time
 from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -36,6 +39,27 @@ class Numbers:
         return dict(zip(self.names, self.values.tolist(), strict=True)) | self.known
 
 
+class Waiting:
+    """Passes batches on and adds up the seconds that the host waits for them, not for the device."""
+
+    def __init__(self, batches: Iterable) -> None:
+        self.batches, self.seconds = iter(batches), 0.0
+
+    def __iter__(self) -> Iterator:
+        return self
+
+    def __next__(self) -> Any:
+        begun = time.perf_counter()
+        batch = next(self.batches)
+        self.seconds += time.perf_counter() - begun
+        return batch
+
+    def take(self) -> float:
+        """The seconds since the last call."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+
 class Log:
     """Scalars go to <out>/log.jsonl and tensorboard, pictures to tensorboard; does nothing off rank 0.
 
@@ -57,10 +81,11 @@ class Log:
         if self.file:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
+    def scalars(self, step: int, values: dict[str, float], **times: float) -> None:
+        """times: for tensorboard only, since they would make the log.jsonl of each run another one."""
         self.line(step, values)
         if self.board:
-            for name, value in values.items():
+            for name, value in (values | times).items():
                 self.board.add_scalar(name, value, step)
 
     def pictures(self, step: int, x: Tensor, recon: Tensor, latents: Tensor) -> None:
@@ -83,11 +108,12 @@ class Progress:
     """Reads the numbers of steps, logs them, and decides from them whether to stop.
 
     The device may still be at work on the last step, so its numbers are read after the next one, or at once
-    if they are wanted `now`.
+    if they are wanted `now`. data_wait is the mean time per step that this process waited for its batches.
     """
 
-    def __init__(self, log: Log, watch: Watch, bar: tqdm) -> None:
-        self.log, self.watch, self.bar = log, watch, bar
+    def __init__(self, log: Log, watch: Watch, bar: tqdm, batches: Waiting) -> None:
+        self.log, self.watch, self.bar, self.batches = log, watch, bar, batches
+        self.steps = 0                                    # read since the last logged one
         self.unread: deque[tuple[Numbers, bool]] = deque()
         self.skipped = 0                                  # steps in a row that were not finite
         self.stopping = False                             # a signal on one process stops all
@@ -99,6 +125,7 @@ class Progress:
 
     def read(self, numbers: Numbers, logged: bool) -> None:
         values = numbers.read()
+        self.steps += 1
         self.stopping |= values.pop("stop") > 0
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         self.skipped = self.skipped + 1 if bad else 0
@@ -110,9 +137,11 @@ class Progress:
             self.watch.gradient(numbers.done, values["grad_norm"])
         if logged:
             values["batch_psnr"] = 10 * math.log10(4 / max(values.pop("mse"), 1e-10))
-            self.log.scalars(numbers.done, values)
+            wait, self.steps = self.batches.take() / self.steps, 0
+            self.log.scalars(numbers.done, values, data_wait=wait)
             if "loss" in values:
-                self.bar.set_postfix(loss=f"{values['loss']:.4f}", psnr=f"{values['batch_psnr']:.2f}")
+                self.bar.set_postfix(loss=f"{values['loss']:.4f}", psnr=f"{values['batch_psnr']:.2f}",
+                                     data_wait=f"{wait:.3f}s")
 
 
 def history(out: Path, start: int) -> tuple[list[str], bool, float]:

@@ -29,7 +29,7 @@ import losses
 import train
 from model import LiteVAEConfig, scale_fields
 from runtime import listings, sources
-from runtime.log import Log, Numbers, Progress
+from runtime.log import Log, Numbers, Progress, Waiting
 from runtime.watch import Watch
 from variants.build import DISCRIMINATORS, build, recompute_blocks
 
@@ -562,7 +562,7 @@ def test_a_step_never_waits(train_run, monkeypatch, flags):
 def test_numbers_are_read_a_step_late(tmp_path):
     """The numbers of a step wait for the next one, unless they are wanted now or a signal came."""
     log = Log(tmp_path, [], 0)
-    progress = Progress(log, Watch(print), SimpleNamespace(set_postfix=lambda **_: None))
+    progress = Progress(log, Watch(print), SimpleNamespace(set_postfix=lambda **_: None), Waiting(()))
 
     def add(done, mse, stop=0.0, now=False):
         values = torch.tensor([mse, stop])
@@ -577,6 +577,40 @@ def test_numbers_are_read_a_step_late(tmp_path):
     lines = Run(tmp_path).lines
     assert lines[:2] == [{"step": 1, "skipped": ["mse"]}, {"step": 2, "skipped": ["mse"]}]
     assert lines[2:] == [{"step": 4, "lr": 0.1, "batch_psnr": pytest.approx(10 * math.log10(16))}]
+
+
+def test_waiting_for_batches(monkeypatch):
+    """Only the time inside next() counts, and `take` starts again at 0."""
+    now = [0.0]
+
+    def batches():
+        for seconds in (2, 3, 5):
+            now[0] += seconds
+            yield seconds
+
+    monkeypatch.setattr("runtime.log.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    waiting, taken = Waiting(batches()), []
+    for seconds in waiting:
+        now[0] += 100                                     # a training step
+        taken.append(waiting.take() if seconds > 2 else None)
+    assert taken == [None, 5, 5] and waiting.take() == 0
+
+
+def test_data_wait(train_run, monkeypatch, capsys):
+    """data_wait is the mean per step since the last logged one, in tensorboard and the bar, not log.jsonl."""
+    real = data.TrainSet.__getitem__
+
+    def slow(self, k: int):
+        time.sleep(0.3 if k in (2, 3) else 0)             # the second of four steps takes 0.6 s to load
+        return real(self, k)
+
+    monkeypatch.setattr(data.TrainSet, "__getitem__", slow)
+    run = train_run("--steps 4 --log-every 2 --batch-size 2")
+    board = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    first, second = board.Scalars("data_wait")
+    assert (first.step, second.step) == (2, 4) and 0.3 <= first.value < 0.6 and second.value < 0.2
+    assert not any("data_wait" in line for line in run.lines)
+    assert f"data_wait={second.value:.3f}s" in capsys.readouterr().err
 
 
 # ---- several processes -------------------------------------------------------------------------------------
