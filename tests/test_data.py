@@ -354,7 +354,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 def reduced_crop(file: bytes, res: int, side: int, flip: bool, seed: int) -> np.ndarray:
     """A crop (res, res, 3) of fewer pixels, as in training."""
-    image, size = load_reduced(file, math.ceil(data.OVERSAMPLING * side))
+    image, size = load_reduced(file, math.ceil(1.4 * side))
     assert image.size != size
     rng = np.random.default_rng(seed)
     crop = data.reduced_transform(data.to_tensor(image), size, res, side, flip, rng)
@@ -429,7 +429,7 @@ def test_oversampling(tmp_path):
         patch.setattr(sources, "load_reduced", load)
         for channels in (3, 1):
             options = dict(res=64, seed=4, rescale=(1, 1.5), channels=channels)
-            full, fast = TrainSet(source, **options, oversampling=0), TrainSet(source, **options)
+            full, fast = (TrainSet(source, **options, oversampling=times) for times in (0, 1.4))
             for k in range(12):
                 a, b = (np.squeeze(samples[k][0].numpy()) for samples in (full, fast))
                 assert a.shape == b.shape and psnr(a, b) > 33
