@@ -4,9 +4,11 @@ A checkpoint is a dict of plain types and tensors, written so that a crash never
 
     step, config (variants.config.AutoencoderConfig as a dict), args (the flags), versions, git, data, parent,
     model, ema, disc, lecam, opt, opt_muon, opt_disc
+    latents (only after `latents.py stats`: statistics, the arguments of model.LatentScaling.of)
 
 `torch.load(path, weights_only=True)` reads it. `load_model` rebuilds the network from the stored config, so
-architecture flags are not needed again. An inference file has only the first line and ema (or model).
+architecture flags are not needed again. An inference file has only the first line, ema (or model)
+and latents.
 """
 
 import argparse
@@ -21,7 +23,7 @@ import numpy as np
 import torch
 
 from model import Autoencoder
-from runtime import sources
+from runtime import files, sources
 from runtime.distributed import print0
 from variants.build import build
 from variants.config import AutoencoderConfig
@@ -60,19 +62,12 @@ def save_weights(path: Path, state: dict) -> None:
 
 
 def write(path: Path, state: dict) -> None:
-    """Atomic torch.save: write to a temporary name, flush to disk, rename."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            try:
-                torch.save(state, file)
-            except RuntimeError as error:                 # torch's report of a failed write
-                raise OSError(f"cannot write {path}: {error.__context__ or error}") from error
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Atomic torch.save; raises OSError if the disk is full."""
+    with files.whole(path) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:                     # torch's report of a failed write
+            raise OSError(error.__context__ or error) from error
 
 
 def numbered_files(folder: Path) -> list[Path]:
@@ -146,8 +141,11 @@ def load_model(path: str | Path, raw: bool = False) -> tuple[Autoencoder, dict]:
 
 
 def to_config(state: dict, path: str | Path) -> AutoencoderConfig:
+    """The configuration in a checkpoint; ValueError if it has a field that this version does not know."""
+    retired = ("scale_factor", "shift_factor")            # of older checkpoints, where nothing applied them
+    fields = {name: value for name, value in state["config"].items() if name not in retired}
     try:
-        return AutoencoderConfig(**state["config"])
+        return AutoencoderConfig(**fields)
     except TypeError as error:
         raise ValueError(f"{path} has a configuration this version does not know: {error}") from error
 
@@ -170,7 +168,7 @@ def check_config(state: dict, config: AutoencoderConfig, path: str | Path) -> No
     """Raise ValueError with the first difference unless the checkpoint has the architecture of `config`."""
     saved, wanted = asdict(to_config(state, path)), asdict(config)
     for name in wanted:
-        if saved[name] != wanted[name] and name not in ("scale_factor", "shift_factor"):
+        if saved[name] != wanted[name]:
             raise ValueError(
                 f"{path} was trained with {name}={saved[name]}, the flags ask for {wanted[name]}: "
                 f"use the same architecture flags, or start afresh in another --out"

@@ -381,6 +381,39 @@ class Posterior(NamedTuple):
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
 
+class LatentScaling(NamedTuple):
+    """The linear map between the decoder's latents and those that a diffusion model learns.
+
+    The latter have mean 0 and standard deviation 1, over all elements or in each channel. Names and formulas
+    are those of diffusers: z_model = (z - shift_factor) * scaling_factor. `encode` and `decode` of the
+    autoencoder never scale.
+    """
+
+    shift: Tensor       # scalar, or (Z, 1, 1)
+    factor: Tensor
+
+    @classmethod
+    def of(cls, latents: dict | None, per_channel: bool = False) -> "LatentScaling":
+        """From the statistics that `latents.py stats` stores in a checkpoint, state["latents"].
+
+        scaling_factor and shift_factor are used, or with per_channel latents_mean and latents_std. Raises
+        ValueError if they are missing.
+        """
+        names = ("latents_mean", "latents_std") if per_channel else ("shift_factor", "scaling_factor")
+        if latents is None or any(latents.get(name) is None for name in names):
+            raise ValueError(f"no {' and '.join(names)} of the latents: compute them with latents.py stats")
+        shift, factor = (torch.tensor(latents[name], dtype=torch.float32) for name in names)
+        return cls(shift[:, None, None], 1 / factor[:, None, None]) if per_channel else cls(shift, factor)
+
+    def scale(self, z: Tensor) -> Tensor:
+        """Latents (..., Z, h, w) of the encoder -> those of the diffusion model."""
+        return (z - self.shift.to(z.device)) * self.factor.to(z.device)
+
+    def unscale(self, z: Tensor) -> Tensor:
+        """Inverse of `scale`."""
+        return z / self.factor.to(z.device) + self.shift.to(z.device)
+
+
 class Autoencoder(nn.Module):
     """Encoder, Gaussian posterior, decoder. Parameters are fp32; autocast is the caller's.
 

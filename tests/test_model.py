@@ -15,6 +15,7 @@ from torch import nn
 from model import (
     Autoencoder,
     Decoder,
+    LatentScaling,
     LiteVAEEncoder,
     ResBlock,
     SelfModulatedConv2d,
@@ -480,6 +481,33 @@ def test_logvar_is_clamped():
         net.quant_conv.bias.fill_(bias)
         posterior = net.encode(images(1, 3, 8, 16))
         assert (posterior.logvar == logvar).all() and (posterior.mean.abs() > 900).all()
+
+
+def test_latent_scaling():
+    """diffusers' formulas by hand, and what was scaled comes back, for images and for batches."""
+    latents = dict(scaling_factor=0.5, shift_factor=3.0, latents_mean=[1.0, 2.0], latents_std=[4.0, 0.5])
+    z = torch.tensor([5.0, 4.0]).view(2, 1, 1).expand(3, 2, 2, 2)
+    for per_channel, expected in ((False, [1.0, 0.5]), (True, [1.0, 4.0])):
+        scaling = LatentScaling.of(latents, per_channel)
+        scaled = scaling.scale(z)
+        assert torch.equal(scaled, torch.tensor(expected).view(2, 1, 1).expand(3, 2, 2, 2))
+        assert torch.equal(scaling.scale(z[0]), scaled[0]) and torch.equal(scaling.unscale(scaled), z)
+    for given, per_channel in ((None, False), ({"scaling_factor": 1.0, "shift_factor": 0.0}, True)):
+        with pytest.raises(ValueError, match="no .* of the latents: compute them with latents.py stats"):
+            LatentScaling.of(given, per_channel)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_scaled_latents_decode_to_the_same_image(per_channel):
+    """encode, scale, unscale, decode equals encode, decode within 1e-6."""
+    model, x = tiny().eval(), images(2, 3, 32, 32)
+    scaling = LatentScaling.of(dict(scaling_factor=1.7, shift_factor=-0.3, latents_mean=[0.1, 0.2, -1, 0, 2],
+                                    latents_std=[0.3, 1.5, 0.7, 1, 2]), per_channel)
+    with torch.no_grad():
+        z = model.encode(x).mean
+        plain, scaled = model.decode(z), model.decode(scaling.unscale(scaling.scale(z)))
+    assert z.std() > 0.1 and not torch.equal(scaling.scale(z), z)
+    torch.testing.assert_close(scaled, plain, rtol=0, atol=1e-6 * plain.abs().max().item())
 
 
 @pytest.mark.parametrize("levels, size", [(3, (16, 20)), (3, (12, 16)), (2, (16, 18)), (4, (24, 16))])

@@ -40,7 +40,7 @@ def build(config: LiteVAEConfig) -> Autoencoder:
 
 
 def is_litevae(config: LiteVAEConfig) -> bool:
-    own = {field.name for field in fields(LiteVAEConfig)} | {"scale_factor", "shift_factor"}
+    own = {field.name for field in fields(LiteVAEConfig)}
     return all(getattr(config, field.name) == field.default
                for field in fields(config) if field.name not in own)
 

@@ -38,8 +38,6 @@ class AutoencoderConfig(LiteVAEConfig):
     dropout: float = 0.0                       # in the blocks of extractors and aggregator
     codebook_size: int = 0                     # entries of VQ-GAN's codebook; 0 is the Gaussian posterior
     codebook_update: str = "gradient"          # or "ema", a moving average of the encoder's outputs
-    scale_factor: float = 1.0                  # diffusion latents are (z - shift_factor) * scale_factor
-    shift_factor: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -235,17 +235,19 @@ def load_diffusers(path: str | Path) -> tuple[Autoencoder, dict]:
     middle, any width and number of latent channels, and both quant convs or none. Half precision is widened
     exactly.
 
-    scale_factor and shift_factor come from config.json. For a bare file they are 1 and 0; reconstructions do
-    not depend on them. The second value is a dict of plain types: path (of the weights), sha256, names (their
-    generation), dtypes (as stored) and config (config.json, None for a bare file).
+    The second value is a dict of plain types: path (of the weights), sha256, names (their generation), dtypes
+    (as stored), config (config.json) and latents (its scaling, for model.LatentScaling.of). The last two are
+    None for a bare file.
 
     Raises a one-line ValueError if something is missing, damaged or of another architecture.
     """
     path, declared = find_files(Path(path))
     entries = autoencoder_entries(read_header(path))
     config = infer_config({key: entry.shape for key, entry in entries.items()}, path)
+    latents = None
     if declared is not None:
-        config = check_declared(declared, config, path.parent / "config.json")
+        check_declared(declared, config, path.parent / "config.json")
+        latents = declared_latents(declared, path.parent / "config.json")
     names = find_names(entries)
     model = fill(
         config,
@@ -254,7 +256,8 @@ def load_diffusers(path: str | Path) -> tuple[Autoencoder, dict]:
         lambda: read_tensors(path, entries),
         path,
     )
-    return model, describe(path, names, (entry.dtype for entry in entries.values()), declared)
+    dtypes = (entry.dtype for entry in entries.values())
+    return model, describe(path, names, dtypes, declared) | {"latents": latents}
 
 
 def find_files(path: Path) -> tuple[Path, dict | None]:
@@ -318,8 +321,8 @@ def infer_config(shapes: dict[str, tuple[int, ...]], path: Path) -> AutoencoderC
     )
 
 
-def check_declared(declared: dict, config: AutoencoderConfig, path: Path) -> AutoencoderConfig:
-    """Add config.json's scale and shift to the configuration; ValueError if the two disagree."""
+def check_declared(declared: dict, config: AutoencoderConfig, path: Path) -> None:
+    """ValueError if config.json disagrees with the architecture that the weights have."""
     expected = {
         "_class_name": "AutoencoderKL",
         "in_channels": config.in_channels,
@@ -333,11 +336,15 @@ def check_declared(declared: dict, config: AutoencoderConfig, path: Path) -> Aut
     for key, value in expected.items():
         if declared.get(key, value) != value:
             raise ValueError(f"{path}: {key} is {declared[key]!r}, weights and architecture say {value!r}")
+
+
+def declared_latents(declared: dict, path: Path) -> dict[str, float]:
+    """config.json's scaling of the latents, the argument of model.LatentScaling.of."""
     scale = declared.get("scaling_factor", 0.18215)      # diffusers' default; the oldest files lack the key
     shift = declared.get("shift_factor") or 0.0
     if not all(isinstance(value, int | float) for value in (scale, shift)):
         raise ValueError(f"{path}: scaling_factor and shift_factor must be numbers, got {scale!r}, {shift!r}")
-    return replace(config, scale_factor=float(scale), shift_factor=float(shift))
+    return {"scaling_factor": float(scale), "shift_factor": float(shift)}
 
 
 # ----------------------------------------------------------------------------

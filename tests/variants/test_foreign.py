@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from checkpoint import load_model, save
 from evaluation import metrics
+from model import LatentScaling
 from variants.foreign import (
     DIFFUSERS,
     LDM,
@@ -118,7 +119,8 @@ def test_folder_equals_diffusers(tmp_path, channels, quant):
     assert_equal(ours, theirs)
     config = ours.config
     assert (config.latent_channels, config.conv1x1) == (channels, quant)
-    assert (config.scale_factor, config.shift_factor) == (0.3611, 0.1159)
+    z = torch.randn(1, channels, 2, 2)                                # as in diffusers' pipelines
+    torch.testing.assert_close(LatentScaling.of(source["latents"]).scale(z), (z - 0.1159) * 0.3611)
     assert source["path"] == str(tmp_path / WEIGHTS) and source["dtypes"] == ["F32"]
     assert source["sha256"] == hashlib.sha256((tmp_path / WEIGHTS).read_bytes()).hexdigest()
     assert source["config"] == json.loads((tmp_path / CONFIG).read_text())
@@ -136,7 +138,7 @@ def test_bare_file_equals_diffusers(tmp_path, names, quant):
     ours, source = load_diffusers(tmp_path / "any.safetensors")
     assert_equal(ours, theirs)
     assert source["names"] == names and source["config"] is None
-    assert (ours.config.scale_factor, ours.config.shift_factor) == (1.0, 0.0)
+    assert source["latents"] is None
 
 
 def test_ldm_names_of_this_test_are_those_of_diffusers_converter():
@@ -188,8 +190,8 @@ def test_old_config_without_scaling_factor(folder, tmp_path):
     for key in ("scaling_factor", "shift_factor", "use_quant_conv", "use_post_quant_conv"):
         del config[key]
     copy_folder(folder, tmp_path, config)
-    ours, _ = load_diffusers(tmp_path)
-    assert (ours.config.scale_factor, ours.config.shift_factor) == (0.18215, 0.0)
+    _, source = load_diffusers(tmp_path)
+    assert source["latents"] == {"scaling_factor": 0.18215, "shift_factor": 0.0}
 
 
 def test_loaded_model_becomes_a_checkpoint_of_ours(folder, tmp_path):
