@@ -332,12 +332,20 @@ class ValSet(Dataset):
     def __len__(self) -> int:
         return self.count
 
+    def index(self, i: int) -> int:
+        """Number of image i in the source."""
+        return i * len(self.source) // self.count
+
     def name(self, i: int) -> str:
         """Name of image i in its source."""
-        return self.source.name(i * len(self.source) // self.count)
+        return self.source.name(self.index(i))
+
+    def folder(self, i: int) -> str:
+        """First folder of image i in its source, see FileSource."""
+        return self.source.folder(self.index(i))
 
     def __getitem__(self, i: int) -> tuple[Tensor | None, tuple[str, ...]]:
-        index = i * len(self.source) // self.count
+        index = self.index(i)
         try:
             image = val_transform(self.source.read(index, self.res), self.res, self.resize)
         except BrokenImage as error:
@@ -441,12 +449,13 @@ def val_loader(val_set: ValSet, batch_size: int, num_workers: int, device: torch
 
     Reads the first images immediately, until one is readable; raises ValueError if eight in a row are broken.
     """
-    _check_readable(val_set)
+    check_readable(val_set)
     shard = range(rank, len(val_set), world)
     return _loader(val_set, num_workers, device, batch_size=batch_size, sampler=shard)
 
 
-def _check_readable(val_set: ValSet) -> None:
+def check_readable(val_set: ValSet) -> None:
+    """ValueError if the first eight images are all broken."""
     first = (val_set[i] for i in range(min(8, len(val_set))))
     if all(image is None for image, _ in first):
         raise ValueError(f"data source {val_set.source.spec!r}: the first validation images are all broken "
@@ -469,10 +478,16 @@ def _collate_numbered(items: Sequence[tuple[int, Tensor | None, tuple[str, ...]]
     return (torch.tensor([i for i, image, _ in items if image is not None]), images), messages
 
 
+def listed_loader(val_set: ValSet, batches: Sequence[list[int]], num_workers: int,
+                  device: torch.device | str) -> DataLoader:
+    """Like `numbered_loader`, for batches given as lists of numbers; `check_readable` is the caller's."""
+    return _loader(_Numbered(val_set), num_workers, device, _collate_numbered, batch_sampler=batches)
+
+
 def numbered_loader(val_set: ValSet, batch_size: int, num_workers: int, device: torch.device | str, rank: int,
                     world: int) -> DataLoader:
     """Like `val_loader`, but `report_broken` yields (numbers in the set, images) for each batch."""
-    _check_readable(val_set)
+    check_readable(val_set)
     shard = range(rank, len(val_set), world)
     return _loader(_Numbered(val_set), num_workers, device, _collate_numbered, batch_size=batch_size,
                    sampler=shard)

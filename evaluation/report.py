@@ -102,6 +102,10 @@ def write_csv(path: str | Path, values: dict[str, np.ndarray], name_of: Callable
 
 
 def write_grid(path: str | Path, rows: Sequence[Tensor]) -> None:
+    grid(rows).save(path)
+
+
+def grid(rows: Sequence[Tensor]) -> Image.Image:
     """Draws rows of uint8 images (N, 1 or 3, H, W) from top to bottom, with white gaps."""
     pictures = [[to_image(image) for image in row] for row in rows]
     height, width = rows[0].shape[-2] + GAP, rows[0].shape[-1] + GAP
@@ -109,7 +113,7 @@ def write_grid(path: str | Path, rows: Sequence[Tensor]) -> None:
     for i, row in enumerate(pictures):
         for j, picture in enumerate(row):
             sheet.paste(picture, (GAP + j * width, GAP + i * height))
-    sheet.save(path)
+    return sheet
 
 
 def write_extremes(path: str | Path, blocks: Sequence[tuple[str, Tensor, Tensor, Sequence[str]]]) -> None:

@@ -1,4 +1,4 @@
-"""Command-line code shared by train.py and eval.py: flag spelling, flag files and one-line errors."""
+"""Command-line code shared by the scripts: flag spelling, flag files and one-line errors."""
 
 import argparse
 import math
@@ -32,8 +32,9 @@ class ArgumentParser(argparse.ArgumentParser):
     wrong flag gives one line and exit code 2.
     """
 
-    def __init__(self, description: str) -> None:
+    def __init__(self, description: str, **options) -> None:
         super().__init__(
+            **options,                                    # of a sub-command
             description=description,
             allow_abbrev=False,
             fromfile_prefix_chars="@",

@@ -27,10 +27,10 @@ def catch_signals() -> list[int]:
 
 
 @contextmanager
-def failures() -> Iterator[None]:
+def failures(advice: str = "go on from the last checkpoint with --resume") -> Iterator[None]:
     """Ends a run with one line and exit code 1 on a full disk, lost data or a dead loader process.
 
-    Any other exception is a defect of ours and shows its traceback.
+    The line ends with `advice`. Any other exception is a defect of ours and shows its traceback.
     """
     try:
         yield
@@ -40,6 +40,5 @@ def failures() -> Iterator[None]:
             raise
         text = str(error).strip().splitlines()[-1].removeprefix("runtime.sources.NoImages: ")
         hint = "; lower --num-workers if memory ran out" if "killed by signal" in text else ""
-        print(f"[rank {distributed.rank()}] error: {text}{hint}; go on from the last checkpoint with "
-              "--resume", file=sys.stderr, flush=True)
+        print(f"[rank {distributed.rank()}] error: {text}{hint}; {advice}", file=sys.stderr, flush=True)
         sys.exit(1)

@@ -112,6 +112,11 @@ class FileSource:
         """Location of image i, for messages."""
         return os.path.join(self.roots[self.table[i, 0]][0], self.name(i))
 
+    def folder(self, i: int) -> str:
+        """First folder on the way to image i below its root or in its archive, "" if there is none."""
+        folders = [part for part in os.fsdecode(self.names[i]).split("/")[:-1] if part not in ("", ".")]
+        return folders[0] if folders else ""
+
     def read(self, i: int, side: int) -> Image.Image:
         """Image i as RGB in its own size (only synthetic images use `side`); raises BrokenImage."""
         return self.read_reduced(i, side, 0)[0]
@@ -145,6 +150,9 @@ class SyntheticSource:
         return f"synthetic/{self.seed}/{i}"
 
     path = name
+
+    def folder(self, i: int) -> str:
+        return ""
 
     def read(self, i: int, side: int) -> Image.Image:
         """Image i, side x side."""

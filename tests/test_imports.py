@@ -10,10 +10,10 @@ from variants import sizes
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # a file imports from floors below its own, and within its floor in no circle
     {"wavelets", "synthetic", "discriminators", "optimizers", "runtime"},
-    {"model", "losses", "data", "evaluation", "tiling"},
+    {"model", "losses", "data", "evaluation", "tiling", "pictures", "cache"},
     {"variants"},
     {"checkpoint", "pretrained", "evaluation.models"},
-    {"train", "eval", "analyze", "export"},
+    {"train", "eval", "analyze", "export", "latents"},
 ]
 FILES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
          for folder in (".", "runtime", "evaluation", "variants") for path in (ROOT / folder).glob("*.py")}

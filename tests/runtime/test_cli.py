@@ -14,24 +14,35 @@ import train
 from runtime import cli
 from variants.config import AutoencoderConfig
 
-SCRIPTS = ("train", "eval", "analyze", "export")
+SCRIPTS = ("train", "eval", "analyze", "export", "latents")
 TESTS = ROOT / "tests"
 # other files that add flags of a script or read them
-FLAGS_ELSEWHERE = {"train": ["checkpoint.py", "variants/options.py"], "eval": ["evaluation/models.py"],
-                   "analyze": []}
+FLAGS_ELSEWHERE = {"train": ["checkpoint.py", "variants/options.py"], "eval": ["evaluation/models.py"]}
 # without these nothing happens, which needs no words; all else shows a default
 OFF_UNLESS_GIVEN = {"train": {"--resume", "--init"}, "eval": {
     "CKPT", "--diffusers", "--open-litevae", "--model", "--data", "--json", "--per-image", "--grid",
-    "--extremes", "--plot"}, "analyze": {"CKPT", "--data", "--raw"}, "export": {"CKPT", "--out"}}  # fmt: skip
+    "--extremes", "--plot"}, "analyze": {"CKPT", "--data", "--raw"}, "export": {"CKPT", "--out"},
+    "latents": {"COMMAND", "CKPT", "INPUT", "--data", "--out"}}  # fmt: skip
+
+
+def parsers(script: str, monkeypatch) -> dict[str, argparse.ArgumentParser]:
+    """The parser of a script, under "", and those of its sub-commands."""
+    found = []
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.ArgumentParser, "parse_args", lambda self, argv: found.append(self) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            importlib.import_module(script).parse_args([])
+    below = [action.choices for action in found[0]._actions if isinstance(action.choices, dict)]
+    return {"": found[0]} | (below[0] if below else {})
+
+
+def own_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    return [action for action in parser._actions if action.dest != "help"]
 
 
 def actions(script: str, monkeypatch) -> list[argparse.Action]:
-    """The flags of a script's parser, --help aside."""
-    parsers = []
-    monkeypatch.setattr(cli.ArgumentParser, "parse_args", lambda self, argv: parsers.append(self) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        importlib.import_module(script).parse_args([])
-    return [action for action in parsers[0]._actions if action.dest != "help"]
+    """The flags of a script, --help aside, and those of its sub-commands."""
+    return [action for parser in parsers(script, monkeypatch).values() for action in own_flags(parser)]
 
 
 # ---- every flag --------------------------------------------------------------------------------------------
@@ -40,7 +51,7 @@ def actions(script: str, monkeypatch) -> list[argparse.Action]:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_fault_13_14_every_flag_is_read(script, monkeypatch):
     """Each parsed flag is read as args.NAME outside parse_args, or names a field of the configuration."""
-    files = [f"{script}.py", *FLAGS_ELSEWHERE[script]]
+    files = [f"{script}.py", *FLAGS_ELSEWHERE.get(script, [])]
     trees = [ast.parse((ROOT / file).read_text()) for file in files]
     functions = [node for tree in trees for node in tree.body
                  if getattr(node, "name", "parse_args") not in ("parse_args", "add_flags")]
@@ -58,7 +69,7 @@ def test_fault_13_14_every_flag_is_read(script, monkeypatch):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_run(script, monkeypatch):
     """Each flag stands in a test of its script: options that nobody runs are where the bugs live."""
-    files = ("conftest.py", f"test_{script}.py", "test_checkpoint.py", "test_options.py")
+    files = ("conftest.py", f"test_{script}.py", "test_checkpoint.py", "test_options.py", "test_cache.py")
     text = "".join((TESTS / file).read_text() for file in files)
     flags = [action.option_strings for action in actions(script, monkeypatch) if action.option_strings]
     assert [names for names in flags if not any(re.search(rf"{name}\b", text) for name in names)] == []
@@ -68,11 +79,16 @@ def test_every_flag_is_run(script, monkeypatch):
 def test_help(script, capsys, monkeypatch):
     """--help ends with code 0, and every flag has a text with its default, a value or words."""
     monkeypatch.setenv("COLUMNS", "300")                              # one line per flag
-    with pytest.raises(SystemExit) as stop:
-        importlib.import_module(script).parse_args(["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0
-    for action in actions(script, monkeypatch):
+    for command, parser in parsers(script, monkeypatch).items():
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module(script).parse_args([*command.split(), "--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert stop.value.code == 0
+        check_help(script, own_flags(parser), shown)
+
+
+def check_help(script: str, shown_flags: list[argparse.Action], shown: str) -> None:
+    for action in shown_flags:
         name = action.option_strings[0] if action.option_strings else action.metavar
         default = f" (default: {action.default})" if action.default is not None else ""
         assert action.help and action.help + default in shown
