@@ -107,7 +107,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def check_equivariance(args: argparse.Namespace) -> None:
-    flag, f = "--eq-vae" if args.eq_vae else "--se-weight", 2 ** args.levels
+    """Those of a latent space that is to be equivariant; `Options.watch` checks the sizes of --eq-vae."""
+    flag = "--eq-vae" if args.eq_vae else "--se-weight"
     if args.se_weight and args.eq_vae:
         raise ValueError("--se-weight and --eq-vae both regularise the latent space: give one of them")
     if args.codebook_size:
@@ -117,9 +118,7 @@ def check_equivariance(args: argparse.Namespace) -> None:
     if args.eq_identity >= 1:
         raise ValueError(f"--eq-identity must be below 1, got {args.eq_identity}: --eq-vae would do nothing")
     if args.se_weight:
-        equivariance.check_resolution(args.res, f)
-    else:
-        equivariance.sides(args.res, f)
+        equivariance.check_resolution(args.res, 2**args.levels)
 
 
 def idle(args: argparse.Namespace) -> dict[str, str]:
