@@ -1,7 +1,7 @@
 # Both commands work on a fresh machine; the first to run also installs (Python 3.11 or newer, about 5 GB).
 #   make demo   train a small LiteVAE on synthetic images, score it, draw out/demo/reconstruction.png
 #   make test   run the quick tests on the CPU; make test-all adds the slow ones
-#   make gpu    run the tests that need a GPU
+#   make gpu    run the tests that need a GPU, then bench.py, which also writes out/bench.json
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_FLAGS ?=
@@ -23,6 +23,7 @@ test-all: .venv/installed-dev
 
 gpu: .venv/installed-dev
 	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python bench.py --json out/bench.json
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

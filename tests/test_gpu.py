@@ -15,9 +15,10 @@ from conftest import ROOT, Run, call, equal, write_images
 from formulas import write_formula_file
 from test_recipes import RECIPES
 
+import bench
 import data
 import train
-from runtime import distributed
+from runtime import distributed, measure
 from runtime.sources import SyntheticSource
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -165,3 +166,31 @@ def test_loader_pins_its_batches():
     loader = data.train_loader(samples, data.GlobalBatchSampler(2, 1, 0, 1, 0, 1), 0, "cuda")
     (images, noise), _ = next(iter(loader))
     assert images.is_pinned() and noise.is_pinned()
+
+
+# ---- instruments -------------------------------------------------------------------------------------------
+
+
+def test_counts_and_memory():
+    """Three additions, a sum (one or two kernels) and the wait for it; two tensors alive at once."""
+    device, x = torch.device("cuda"), torch.zeros(1 << 22, device="cuda")
+
+    def work() -> float:
+        for _ in range(3):
+            x.add_(1)
+        return x.sum().item()
+
+    launches, waits, _ = measure.count(work, device)
+    assert launches in (4, 5) and waits == 1
+    assert measure.peak_memory(lambda: (x + 1) * 2, device)[1] == pytest.approx(2 * x.nbytes, rel=0.2)
+
+
+def test_benchmark(tmp_path, monkeypatch):
+    """Every section at toy size, with all peers."""
+    toy = bench.Sizes((2, 32), ((1, 64),), ((1, 64),), ((2, 64),), (2, 64), files=2, matmul=64)
+    monkeypatch.setitem(bench.SIZES, "cuda", toy)
+    call("bench", tmp_path, "--seconds 0.01 --json bench.json")
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert {row["section"] for row in rows} == set(bench.SECTIONS)
+    assert all(row["ours"] > 0 for row in rows if row["unit"] != "waits")
+    assert all(row["ours"] == 0 for row in rows if row["unit"] == "waits")

@@ -14,7 +14,7 @@ import train
 from runtime import cli
 from variants.config import AutoencoderConfig
 
-SCRIPTS = ("train", "eval", "analyze", "export", "latents")
+SCRIPTS = ("train", "eval", "analyze", "export", "latents", "bench")
 TESTS = ROOT / "tests"
 # other files that add flags of a script or read them
 FLAGS_ELSEWHERE = {"train": ["checkpoint.py", "variants/options.py"], "eval": ["evaluation/models.py"]}
@@ -22,7 +22,7 @@ FLAGS_ELSEWHERE = {"train": ["checkpoint.py", "variants/options.py"], "eval": ["
 OFF_UNLESS_GIVEN = {"train": {"--resume", "--init"}, "eval": {
     "CKPT", "--diffusers", "--open-litevae", "--model", "--data", "--json", "--per-image", "--grid",
     "--extremes", "--plot"}, "analyze": {"CKPT", "--data", "--raw"}, "export": {"CKPT", "--out"},
-    "latents": {"COMMAND", "CKPT", "INPUT", "--data", "--out"}}  # fmt: skip
+    "bench": {"--json"}, "latents": {"COMMAND", "CKPT", "INPUT", "--data", "--out"}}  # fmt: skip
 
 
 def parsers(script: str, monkeypatch) -> dict[str, argparse.ArgumentParser]:
