@@ -51,9 +51,9 @@ def parse_args(argv: list[str] | None = None):
 
 
 class OnnxEncoder(nn.Module):
-    """images (B, C, H, W) -> mean and logvar, each (B, Z, h, w)."""
+    """images (B, C, H, W) -> latent_mean and latent_logvar, each (B, Z, h, w)."""
 
-    outputs = ("mean", "logvar")
+    outputs = ("latent_mean", "latent_logvar")   # a bare "mean" would clash with operations of that name
 
     def __init__(self, model: Autoencoder) -> None:
         super().__init__()
@@ -64,12 +64,12 @@ class OnnxEncoder(nn.Module):
 
 
 class OnnxCodebookEncoder(OnnxEncoder):
-    """images (B, C, H, W) -> mean (B, Z, h, w), the nearest entries, and their indices (B, h, w) int64.
+    """images (B, C, H, W) -> latent_mean (B, Z, h, w), nearest entries; latent_indices (B, h, w) int64.
 
     Like VectorQuantizer, but with all distances at once: a graph of any batch cannot split them into parts.
     """
 
-    outputs = ("mean", "indices")
+    outputs = ("latent_mean", "latent_indices")
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         z = full_precision(self.model.quant_conv(self.model.encoder(images)))

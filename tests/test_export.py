@@ -84,6 +84,8 @@ def test_onnx(exported):
         onnx.checker.check_model(onnx.load(exported / f"onnx/{name}.onnx"), full_check=True)
         session = onnxruntime.InferenceSession(exported / f"onnx/{name}.onnx")
         assert session.get_inputs()[0].shape == shape
+        names = {"encoder": ["latent_mean", "latent_logvar"], "decoder": ["images"]}[name]
+        assert [output.name for output in session.get_outputs()] == names
 
 
 def test_onnx_says_where_it_comes_from(exported):
