@@ -216,7 +216,7 @@ def layers(result: dict) -> Figure:
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("")
         axis.set(xlabel="layer, from the latent to the image", ylabel=label)
-        axis.legend(fontsize="small")
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize="small")
     return figure
 
 

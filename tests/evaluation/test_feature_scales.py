@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import equal
 
-from evaluation.feature_scales import feature_scales, part_steps, table
+from evaluation.feature_scales import feature_norms, feature_scales, part_steps, table
 from model import Autoencoder
 from variants.build import build
 from variants.config import AutoencoderConfig, scale_config
@@ -74,3 +74,16 @@ def test_blocks_of_other_decoders(images):
     config = AutoencoderConfig(decoder="open-litevae", decoder_channels=8, decoder_blocks=1)
     rows = {row.name: row for row in feature_scales(build(config), images)}
     assert len(rows) == 2 + 3 + 4 + 3 and rows["mid.0"].branch > 0
+
+
+def test_feature_norms(images):
+    """By hand at the first layer: rms over channels, its maximum over its median, the first image's map."""
+    model = small()
+    result = feature_norms(model, images)
+    assert result["layer"] == [row.name for row in feature_scales(model, images)]
+    first = model.decoder.conv_in(model.encode(images).mean).square().mean(dim=1).sqrt()
+    assert torch.allclose(result["pictures"][0], first[0]) and first[0].shape == (4, 4)
+    ratios = [norms.max() / norms.median() for norms in first]
+    assert result["peak"][0] == pytest.approx((sum(ratios) / 2).item(), rel=1e-5)
+    assert result["pictures"][-1].shape == (32, 32) and all(peak >= 1 for peak in result["peak"])
+    assert not any(module._forward_hooks for module in model.modules())

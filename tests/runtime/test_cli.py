@@ -17,11 +17,13 @@ from variants.config import AutoencoderConfig
 SCRIPTS = ("train", "eval", "analyze", "export", "latents", "bench")
 TESTS = ROOT / "tests"
 # other files that add flags of a script or read them
-FLAGS_ELSEWHERE = {"train": ["checkpoint.py", "variants/options.py"], "eval": ["evaluation/models.py"]}
+FLAGS_ELSEWHERE = {"train": ["checkpoint.py", "variants/options.py"], "eval": ["evaluation/models.py"],
+                   "analyze": ["evaluation/models.py"]}
 # without these nothing happens, which needs no words; all else shows a default
 OFF_UNLESS_GIVEN = {"train": {"--resume", "--init"}, "eval": {
     "CKPT", "--diffusers", "--open-litevae", "--model", "--data", "--json", "--per-image", "--grid",
-    "--extremes", "--plot"}, "analyze": {"CKPT", "--data", "--raw"}, "export": {"CKPT", "--out"},
+    "--extremes", "--plot"}, "export": {"CKPT", "--out"}, "analyze": {
+    "CKPT", "--diffusers", "--open-litevae", "--model", "--data", "--out"},
     "bench": {"--json"}, "latents": {"COMMAND", "CKPT", "INPUT", "--data", "--out"}}  # fmt: skip
 
 
