@@ -31,6 +31,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import losses
+import plan
 from discriminators import update_spectral_norm
 from evaluation import metrics
 from losses import DEFAULT_WEIGHTS as W
@@ -64,6 +65,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="new phase: weights of model, EMA and discriminator, fresh optimizers, step 0")
     add("--allow-batch-change", action="store_true",
         help="--resume with another --batch-size, although the order of the images then jumps")
+    add("--plan", action="store_true",
+        help="print parameters, operations, memory, speed and hours of these flags, and train nothing")
     add("--seed", type=cli.natural, default=0, help="of weights, data order, crops and noise")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto",
@@ -299,7 +302,8 @@ def reconstruction_terms(args: argparse.Namespace, dtype: torch.dtype, **place) 
         ("gaussian", args.gaussian_weight, losses.gaussian_loss),
     ]
     if args.lpips_weight:
-        vgg = distributed.from_main(lambda: load_vgg(args.vgg_file))
+        load = plan.load_vgg if args.plan else load_vgg
+        vgg = distributed.from_main(lambda: load(args.vgg_file))
         terms.append(("lpips", args.lpips_weight, losses.LPIPS(vgg, dtype).to(**place)))
     return [term for term in terms if term[1]]
 
@@ -610,6 +614,12 @@ def main() -> None:
         config = options.build_config(args)
         check_flags(args, config)
         micro_batch, accumulate = divide_batch(args.batch_size, world, args.micro_batch)
+        trainer = Trainer(args, config, device) if args.plan else None
+    if args.plan:
+        plan.show(trainer, micro_batch, accumulate)
+        return distributed.cleanup()
+
+    with cli.user_errors():
         out = Path(args.out)
         how, start_path = distributed.from_main(lambda: checkpoint.find_start(args, out))
         train_set, val_set = distributed.from_main(lambda: open_data(args, config))

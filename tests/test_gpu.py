@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -111,6 +112,20 @@ def test_no_step_waits(tmp_path, monkeypatch, flags):
     monkeypatch.setattr(train.Trainer, "step", watched)
     run = train_on_gpu(tmp_path, f"{TINY} {flags} --scale S --steps 6 --log-every 99")
     assert run.state()["step"] == 6
+
+
+# ---- the plan ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", ["", "--gradient-checkpointing"], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_plan(tmp_path, monkeypatch, capsys, precision, flags):
+    """Predicted memory of the default, not compiled, is within a quarter of what torch allocates."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    flags = f"--batch-size 16 --device cuda --no-compile --precision {precision} {flags}"
+    call("train", tmp_path, f"--plan {flags}")
+    error = re.search(r"\(allocated by torch\), error ([+-][\d.]+)%", capsys.readouterr().out)[1]
+    assert abs(float(error)) < 25
 
 
 # ---- every system ------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ FLOORS = [  # a file imports from floors below its own, and within its floor in 
     {"wavelets", "synthetic", "discriminators", "optimizers", "runtime"},
     {"model", "losses", "data", "evaluation", "tiling", "pictures", "cache"},
     {"variants"},
-    {"checkpoint", "pretrained", "evaluation.models"},
+    {"checkpoint", "pretrained", "plan", "evaluation.models"},
     {"train", "eval", "analyze", "export", "latents"},
     {"bench"},
 ]

@@ -236,8 +236,9 @@ def test_exact_sizes(name):
 def test_every_discriminator_is_somebodys():
     """Each kind of discriminator is in a recipe, and so is each option of the model and of the losses."""
     assert {parse(name).disc for name in RECIPES} == {"none", *DISCS} == {"none", *DISCRIMINATORS}
-    run = RUN | {"resume", "allow_batch_change", "seed", "precision", "compile", "gradient_checkpointing",
-                 "listing_cache", "jpeg_oversampling", "keep", "vgg_file", "vgg19_file", "moco_file"}
+    run = RUN | {"resume", "allow_batch_change", "plan", "seed", "precision", "compile",
+                 "gradient_checkpointing", "listing_cache", "jpeg_oversampling", "keep", "vgg_file",
+                 "vgg19_file", "moco_file"}
     default = vars(train.parse_args([]))
     used = {dest for name in RECIPES for dest, value in vars(parse(name)).items() if value != default[dest]}
     # grey images, the time a discriminator trains alone, the interval of R1, the weight of VQ's terms and the
