@@ -3,8 +3,8 @@
     python export.py out/demo/ckpt.pt --out shared/demo                   # config.json, model.safetensors
     python export.py out/demo/ckpt.pt --out shared/demo --format onnx     # encoder.onnx, decoder.onnx
 
-pretrained.PretrainedAutoencoder reads the folder. The ONNX files take any batch, and images of any size that
-f divides (with a ViT aggregator, only of its own size). They include the wavelet transforms, and plain
+downstream/pretrained.py reads the folder. The ONNX files take any batch, and images of any size that f
+divides (with a ViT aggregator, only of its own size). They include the wavelet transforms, and plain
 convolutions in place of self-modulated ones. They are compared with the model before they are written.
 
 B batch, C channels, H W pixels, Z latent channels, f downsample factor, h w = H/f, W/f.
@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim
 
+from downstream.pretrained import CONFIG, WEIGHTS, PretrainedAutoencoder, check_free, write_files
 from model import Autoencoder, Posterior, count_parameters
-from pretrained import CONFIG, WEIGHTS, PretrainedAutoencoder, check_free, write_files
 from runtime import cli
 from variants.config import AutoencoderConfig
 from variants.quantize import Quantized

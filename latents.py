@@ -24,16 +24,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import cache
 import checkpoint
 import data
-import pictures
+from downstream import cache, pictures
+from downstream.tiling import halo
 from evaluation import metrics, report
 from model import Autoencoder, LatentScaling
 from runtime import cli, distributed, sources
 from runtime.distributed import print0
 from runtime.failures import failures
-from tiling import halo
 
 TILE = 1024     # pixels; ours: larger pictures are decoded in tiles
 SCALINGS = ("none", "scalar", "channel")
@@ -51,7 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_data_flags(add)
     add("--count", type=cli.positive, default=10_000, help="images, spread over the source")
 
-    add = add_command(commands, "cache", "a data set as moments of posteriors, see cache.py")
+    add = add_command(commands, "cache", "a data set as moments of posteriors, see downstream/cache.py")
     add_data_flags(add)
     add("--count", type=cli.positive, help="images, spread over the source (default: all)")
     add("--out", metavar="DIR", required=True, help="folder of the cache; an unfinished one is continued")

@@ -1,4 +1,4 @@
-"""Run: python -m pytest tests/test_latents.py. The commands from outside, but for `cache` (test_cache.py)."""
+"""Run: pytest tests/test_latents.py. The commands, but for `cache` (downstream/test_cache.py)."""
 
 import math
 import re
@@ -19,13 +19,13 @@ from torch import Tensor
 import checkpoint
 import data
 import latents
-import pictures
+from downstream import pictures
+from downstream.tiling import encode_tiled
 from evaluation import metrics
 from model import GROUP, Autoencoder, Posterior
 from runtime import distributed
 from runtime.sources import open_source
 from synthetic import dead_leaves
-from tiling import encode_tiled
 
 STATS = "stats toy/ckpt.pt --data photos --num-workers 0 --device cpu"
 

@@ -20,10 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
+from downstream.tiling import decode_tiles, encode_tiled
 from evaluation.metrics import to_uint8
 from model import Autoencoder
 from runtime import files, sources
-from tiling import decode_tiles, encode_tiled
 
 # ----------------------------------------------------------------------------
 # tensors

@@ -1,4 +1,4 @@
-"""Run: python -m pytest tests/evaluation/test_equivariance.py. Oracles: NumPy's matrices, scipy."""
+"""Run: python -m pytest tests/evaluation/test_equivariance_error.py. Oracles: NumPy's matrices, scipy."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Run: python -m pytest tests/test_cache.py. Killed, resumed, shared out: the same bytes; samples of them."""
+"""Run: pytest tests/downstream/test_cache.py. Killed, resumed, shared out: the same bytes; and samples."""
 
 import json
 import os
@@ -16,10 +16,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-import cache
 import checkpoint
 import data
-from cache import LatentDataset
+from downstream import cache
+from downstream.cache import LatentDataset
 from model import LatentScaling
 from runtime.sources import open_source
 

@@ -1,4 +1,4 @@
-"""Run: python -m pytest tests/test_tiling.py. Tiled decodes equal whole ones; reach by hand and by NaN."""
+"""Run: pytest tests/downstream/test_tiling.py. Tiled decodes equal whole ones; reach by hand and by NaN."""
 
 import math
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import tiling
+from downstream import tiling
+from downstream.tiling import decode_tiled, decode_tiles, encode_tiled, halo
 from model import GROUP, Autoencoder
-from tiling import decode_tiled, decode_tiles, encode_tiled, halo
 from variants.build import build
 from variants.config import AutoencoderConfig, scale_config
 

@@ -1,4 +1,4 @@
-"""Run: python -m pytest tests/test_pretrained.py. The folder, and diffusers' own code on our model."""
+"""Run: pytest tests/downstream/test_pretrained.py. The folder, and diffusers' own code on our model."""
 
 import json
 import math
@@ -22,8 +22,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from checkpoint import load_model
+from downstream.pretrained import CONFIG, WEIGHTS, DiffusersConfig, PretrainedAutoencoder
 from model import GROUP
-from pretrained import CONFIG, WEIGHTS, DiffusersConfig, PretrainedAutoencoder
 from variants.foreign import load_diffusers
 
 LATENTS = {"scaling_factor": 0.4, "shift_factor": -0.25, "latents_mean": [0.1, 0.2, 0.3, 0.4], "images": 8}

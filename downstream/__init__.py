@@ -1,0 +1,1 @@
+"""What users of a trained model import: tiles, the data set of latents, pictures, diffusers' interface."""
