@@ -14,11 +14,11 @@ FLOORS = [  # a file imports from floors below its own, and within its floor in 
     {"variants"},
     {"checkpoint", "plan", "evaluation.models"},
     {"downstream"},
-    {"train", "eval", "analyze", "export", "latents"},
+    {"train", "eval", "analyze", "export", "latents", "examples"},
     {"bench"},
 ]
 FILES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
-         for folder in (".", "runtime", "evaluation", "variants", "downstream")
+         for folder in (".", "runtime", "evaluation", "variants", "downstream", "examples")
          for path in (ROOT / folder).glob("*.py")}
 MODULES = {name for name in FILES if not name.endswith("__init__")}
 

@@ -14,7 +14,7 @@ import train
 from runtime import cli
 from variants.config import AutoencoderConfig
 
-SCRIPTS = ("train", "eval", "analyze", "export", "latents", "bench")
+SCRIPTS = ("train", "eval", "analyze", "export", "latents", "bench", "examples.diffusion")
 TESTS = ROOT / "tests"
 # other files that add flags of a script or read them
 FLAGS_ELSEWHERE = {"train": ["checkpoint.py", "variants/options.py"], "eval": ["evaluation/models.py"],
@@ -24,7 +24,8 @@ OFF_UNLESS_GIVEN = {"train": {"--resume", "--init"}, "eval": {
     "CKPT", "--diffusers", "--open-litevae", "--model", "--data", "--json", "--per-image", "--grid",
     "--extremes", "--plot"}, "export": {"CKPT", "--out"}, "analyze": {
     "CKPT", "--diffusers", "--open-litevae", "--model", "--data", "--out"},
-    "bench": {"--json"}, "latents": {"COMMAND", "CKPT", "INPUT", "--data", "--out"}}  # fmt: skip
+    "bench": {"--json"}, "latents": {"COMMAND", "CKPT", "INPUT", "--data", "--out"},
+    "examples.diffusion": {"CKPT", "CACHE", "--out"}}  # fmt: skip
 
 
 def parsers(script: str, monkeypatch) -> dict[str, argparse.ArgumentParser]:
@@ -53,7 +54,7 @@ def actions(script: str, monkeypatch) -> list[argparse.Action]:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_fault_13_14_every_flag_is_read(script, monkeypatch):
     """Each parsed flag is read as args.NAME outside parse_args, or names a field of the configuration."""
-    files = [f"{script}.py", *FLAGS_ELSEWHERE.get(script, [])]
+    files = [f"{script.replace('.', '/')}.py", *FLAGS_ELSEWHERE.get(script, [])]
     trees = [ast.parse((ROOT / file).read_text()) for file in files]
     functions = [node for tree in trees for node in tree.body
                  if getattr(node, "name", "parse_args") not in ("parse_args", "add_flags")]
@@ -71,8 +72,9 @@ def test_fault_13_14_every_flag_is_read(script, monkeypatch):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_run(script, monkeypatch):
     """Each flag stands in a test of its script: options that nobody runs are where the bugs live."""
-    files = ("conftest.py", f"test_{script}.py", "test_checkpoint.py", "test_options.py",
-             "downstream/test_cache.py", "test_plan.py")
+    own = {"examples.diffusion": "test_diffusion_example.py"}.get(script, f"test_{script}.py")
+    files = ("conftest.py", own, "test_checkpoint.py", "test_options.py", "downstream/test_cache.py",
+             "test_plan.py")
     text = "".join((TESTS / file).read_text() for file in files)
     flags = [action.option_strings for action in actions(script, monkeypatch) if action.option_strings]
     assert [names for names in flags if not any(re.search(rf"{name}\b", text) for name in names)] == []

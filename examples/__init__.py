@@ -1,0 +1,1 @@
+"""Programs that use the files above: start one with `python -m examples.NAME` in the root folder."""
