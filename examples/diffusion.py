@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import checkpoint
 import pictures
-from cache import LatentDataset
+from cache import LatentDataset, weights_hash
 from evaluation import metrics, report
 from model import Autoencoder, LatentScaling, count_parameters
 from runtime import cli, distributed
@@ -275,6 +275,9 @@ def set_up(args: argparse.Namespace) -> tuple[Autoencoder, LatentScaling, Latent
     if shape[0] != channels:
         raise ValueError(f"{args.cache} has {shape[0]} latent channels and {args.ckpt} has {channels}: "
                          "name the checkpoint that encoded it")
+    if weights_hash(vae) != dataset.index["weights_sha256"]:
+        print0(f"note: {args.cache} was not encoded by the weights of {args.ckpt}; "
+               "samples are right only if the encoder is the same")
     config = DiTConfig(shape, len(dataset.classes), args.patch, args.width, args.depth, args.heads)
     return vae.requires_grad_(False), scaling, dataset, config
 

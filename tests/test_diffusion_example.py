@@ -260,6 +260,16 @@ def test_without_classes(tmp_path):
     assert state["config"]["classes"] == 0 and state["ema"]["label.weight"].shape == (1, 16)
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_note_on_other_weights(folder, capsys, changed):
+    """A decoder that was trained further is accepted, with a note; the weights of the cache give none."""
+    state = checkpoint.load(folder / "toy/ckpt.pt")
+    state["model"]["decoder.conv_out.bias"] += changed
+    checkpoint.write(folder / "toy/ckpt.pt", state)
+    run(folder, "--steps 1 --out dit")
+    assert ("was not encoded by the weights of toy/ckpt.pt" in capsys.readouterr().out) == changed
+
+
 def damage(folder: Path, what: str) -> None:
     if what == "channels":
         state = checkpoint.load(folder / "toy/ckpt.pt")
