@@ -32,8 +32,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import checkpoint
-import pictures
-from cache import LatentDataset, weights_hash
+from downstream import pictures
+from downstream.cache import LatentDataset, weights_hash
 from evaluation import metrics, report
 from model import Autoencoder, LatentScaling, count_parameters
 from runtime import cli, distributed

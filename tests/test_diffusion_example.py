@@ -12,7 +12,7 @@ from conftest import call, equal, toy, write_images
 from PIL import Image
 
 import checkpoint
-import pictures
+from downstream import pictures
 from examples import diffusion
 from examples.diffusion import Block, DiT, DiTConfig, draw_times, euler, flow
 from model import LatentScaling

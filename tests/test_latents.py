@@ -101,6 +101,18 @@ def test_statistics_of_a_folder(tmp_path, model, capsys):
     np.testing.assert_allclose(scaled.std((0, 2, 3), correction=0), 1, atol=1e-5)
 
 
+def test_sums_of_two_processes(tmp_path, model):
+    """The images of two processes, each with a sample that depends on its number, add up to those of one."""
+    write_images(tmp_path / "photos", [f"{i}.png" for i in range(5)], side=32)
+    images, cpu = data.ValSet(open_source(str(tmp_path / "photos")), 32), torch.device("cpu")
+
+    def sums(rank: int, world: int) -> Tensor:
+        loader = data.numbered_loader(images, 2, 0, cpu, rank, world)
+        return latents.latent_sums(model, data.report_broken(loader, set()), cpu)
+
+    torch.testing.assert_close(sums(0, 2) + sums(1, 2), sums(0, 1), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["ckpt.pt", "best.pt", "model.pt"])
 def test_only_the_statistics_change(parent, tmp_path, name):
     """Every file of a run takes them; the rest of it stays bit for bit, and train.py goes on from ckpt.pt."""
