@@ -5,24 +5,23 @@
 Images, noise and network weights are random. Time and memory do not depend on their values, so a plan needs
 no data and no checkpoint, and writes no file. `trainer` is train.Trainer everywhere.
 
-operations   Those of convolutions and matrix products, forward and backward, by the formulas of torch's
-             FLOP counter.
+operations   Those of convolutions and matrix products, forward and backward, counted by
+             runtime.measure.Tally.
 fixed        4 bytes for each number in weights, gradients, optimizers, average and loss networks.
-prediction   Steps of 2 and of 3 images run under `Live`, which follows the bytes that are alive. All steps
+prediction   Steps of 2 and of 3 images run under a Tally, which follows the bytes that are alive. All steps
              have the same operations, and what is alive after each of them is linear in the number of
              images. The peak is the highest of these lines.
 measurement  On CUDA: torch.cuda.max_memory_allocated over the timed steps. Elsewhere: a step of the real
-             size under `Live`.
+             size under a Tally.
 
-`Live` does not see the memory that kernels use inside (workspaces of cuDNN and oneDNN). It sees networks that
-are not compiled; compiled ones usually need less.
+A Tally does not see the memory that kernels use inside (workspaces of cuDNN and oneDNN). It sees networks
+that are not compiled; compiled ones usually need less.
 """
 
 import os
 import platform
 import sys
 import time
-import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -32,15 +31,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 from torchvision.models.vgg import cfgs, make_layers
 
 from data import GlobalBatchSampler
 from model import count_parameters
 from runtime import distributed, weights
 from runtime.distributed import print0
+from runtime.measure import Tally
 from variants.build import recompute_blocks
 
 STEPS = 20          # timed; elsewhere than on CUDA fewer if they take longer than SECONDS
@@ -52,42 +49,6 @@ DEVICES = 8         # of the recipes' commands
 
 # ----------------------------------------------------------------------------
 # counting
-
-
-class Live(TorchDispatchMode):
-    """Counts the FLOPs of all operations, and the bytes that are alive on a device after each of them.
-
-    A storage counts from the operation that makes it until it is freed. Those of `known` tensors count 0.
-    """
-
-    def __init__(self, device: torch.device, known: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self.device, self.flops, self.now = device, 0, 0
-        self.bytes: list[int] = []
-        self.sizes: dict[int, int] = {}
-        for tensor in known:
-            self.add(tensor, 0)
-
-    def add(self, tensor: Tensor, size: int) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if tensor.device.type == self.device.type and key not in self.sizes:
-            self.sizes[key] = size
-            self.now += size
-            weakref.finalize(storage, self.remove, key)
-
-    def remove(self, key: int) -> None:
-        self.now -= self.sizes.pop(key)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        for tensor in filter(torch.is_tensor, tree_leaves(out)):
-            self.add(tensor, tensor.untyped_storage().nbytes())
-        self.bytes.append(self.now)
-        if func.overloadpacket in flop_registry:
-            self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
-        return out
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
@@ -161,24 +122,24 @@ def random_batches(trainer, images: int) -> Iterator[tuple[Tensor, Tensor]]:
     return repeat(tuple(t.pin_memory() if trainer.device.type == "cuda" else t for t in (x, noise)))
 
 
-def watched(trainer, batches: Iterator[tuple[Tensor, Tensor]]) -> Live:
-    """Takes one step, or one of each kind, under Live."""
-    live, start = Live(trainer.device, held(trainer)), first_step(trainer.args)
-    with live:
+def watched(trainer, batches: Iterator[tuple[Tensor, Tensor]]) -> Tally:
+    """Takes one step, or one of each kind, under a Tally."""
+    start = first_step(trainer.args)
+    with Tally(trainer.device, held(trainer)) as tally:
         for step in range(start, start + turns(trainer.args)):
             trainer.step(step, batches, stop=False)
-    return live
+    return tally
 
 
-def small_step(trainer, images: int) -> Live:
+def small_step(trainer, images: int) -> Tally:
     """A step of one micro-batch of so many images on each process, neither compiled nor in DDP."""
     args, batch = trainer.args, trainer.args.batch_size
     trainer.rows, trainer.inherited = [slice(0, images)], False
     trainer.ddp_model, trainer.ddp_disc, trainer.judge = trainer.model, trainer.disc, trainer.disc
     args.batch_size = images
-    live = watched(trainer, random_batches(trainer, images))
+    tally = watched(trainer, random_batches(trainer, images))
     args.batch_size = batch
-    return live
+    return tally
 
 
 @contextmanager
@@ -276,7 +237,7 @@ def measure(trainer, micro: int, accumulate: int) -> Measurement:
     steps, peak = STEPS, 0
     if not cuda:
         began = time.perf_counter()
-        peak = max(watched(trainer, batches).bytes) + nbytes(held(trainer))
+        peak = watched(trainer, batches).peak + nbytes(held(trainer))
         steps = steps_in_time((time.perf_counter() - began) / turns(trainer.args), turns(trainer.args))
     if cuda or trainer.compiled:
         take_steps(trainer, batches, WARM_UP * turns(trainer.args))

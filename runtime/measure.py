@@ -1,4 +1,4 @@
-"""Time, memory and operations of a function: the instruments of bench.py."""
+"""Time, memory and operations of a function: the instruments of bench.py and plan.py."""
 
 import gc
 import math
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 ROUNDS = 3        # least number of measurements of a function
 LEAST = 0.005     # seconds; shorter functions are called several times in a measurement
@@ -65,37 +65,53 @@ def synchronise(device: torch.device) -> None:
 
 
 class Tally(TorchDispatchMode):
-    """Counts ATen operations by name, and the bytes of the tensors that were made since it was entered.
+    """Counts ATen operations by name, their FLOPs, and the bytes that are alive on a device after each.
 
-    Backward passes and optimizers count too. A view is an operation without bytes of its own. Buffers that an
-    operation uses inside are not seen.
+    Backward passes and optimizers count too. A storage counts from the operation that makes it until it is
+    freed. Storages that were there before count 0: those of `known` tensors, or, without it, of all tensors
+    that an operation takes and none has made. A view is an operation without bytes of its own. The buffers
+    that an operation uses inside are not seen. FLOPs are those of convolutions and matrix products, by the
+    formulas of torch's FLOP counter.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device, known: Iterable[Tensor] | None = None) -> None:
         super().__init__()
-        self.ops, self.live, self.peak = Counter(), 0, 0
-        self.seen: dict[int, int] = {}                    # bytes by id of the storage, until it is freed
+        self.device, self.takes_known = device, known is None
+        self.ops, self.flops, self.live = Counter(), 0, 0
+        self.bytes = [0]                                  # alive at the start and after each operation
+        self.sizes: dict[int, int] = {}                   # by storage, until it is freed
+        for tensor in known or ():
+            self.see(tensor, known=True)
+
+    @property
+    def peak(self) -> int:
+        return max(self.bytes)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for tensor in tensors((args, kwargs)):
-            self.see(tensor, known=True)                  # else it was there before
-        out = func(*args, **(kwargs or {}))
-        if func.namespace == "aten":                      # not the marks that optimizers set for profilers
-            self.ops[str(func)] += 1
+        kwargs = kwargs or {}
+        if self.takes_known:
+            for tensor in tensors((args, kwargs)):
+                self.see(tensor, known=True)
+        out = func(*args, **kwargs)
         for tensor in tensors(out):
             self.see(tensor)
+        self.bytes.append(self.live)
+        if func.namespace == "aten":                      # not the marks that optimizers set for profilers
+            self.ops[str(func)] += 1
+        if func.overloadpacket in flop_registry:
+            self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
         return out
 
     def see(self, tensor: Tensor, known: bool = False) -> None:
         storage = tensor.untyped_storage()
-        if id(storage) not in self.seen:
-            self.seen[id(storage)] = 0 if known else storage.nbytes()
-            self.live += self.seen[id(storage)]
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.forget, id(storage)).atexit = False
+        key = storage._cdata
+        if tensor.device.type == self.device.type and key not in self.sizes:
+            self.sizes[key] = 0 if known else storage.nbytes()
+            self.live += self.sizes[key]
+            weakref.finalize(storage, self.forget, key).atexit = False
 
     def forget(self, key: int) -> None:
-        self.live -= self.seen.pop(key)
+        self.live -= self.sizes.pop(key)
 
 
 def tensors(nested: Any) -> list[Tensor]:
@@ -117,7 +133,7 @@ def peak_memory(function: Callable, device: torch.device) -> tuple[Any, int]:
         torch.cuda.reset_peak_memory_stats(device)
         result = function()
         return result, torch.cuda.max_memory_allocated(device) - before
-    with Tally() as tally, torch.compiler.set_stance("force_eager"):
+    with Tally(device) as tally, torch.compiler.set_stance("force_eager"):
         return function(), tally.peak
 
 
@@ -131,14 +147,13 @@ class Counts(NamedTuple):
 
 def count(function: Callable, device: torch.device) -> Counts:
     """Calls a function once on a CPU, twice on a GPU. Operations and FLOPs are those without compilation."""
-    # the tally is entered last: it sees an operation before the flop counter takes it apart
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as flops, Tally() as tally:
+    with torch.compiler.set_stance("force_eager"), Tally(device) as tally:
         function()
     launches, waits = tally.ops.total(), tally.ops["aten._local_scalar_dense.default"]
     if device.type == "cuda":
         idle, busy = profiled(lambda: None), profiled(function)     # the profiler itself waits once
         launches, waits = (b - a for a, b in zip(idle, busy, strict=True))
-    return Counts(launches, waits, flops.get_total_flops())
+    return Counts(launches, waits, tally.flops)
 
 
 def profiled(function: Callable) -> tuple[int, int]:

@@ -102,7 +102,7 @@ def test_out_of_memory_ends_a_section_only(toy, monkeypatch):
 
     monkeypatch.setitem(bench.SECTIONS, "dwt", full)
     rows = toy("--only dwt,loader")
-    assert [row.section for row in rows] == ["dwt", "dwt", "loader"] and rows[0].case == "first"
+    assert [row.section for row in rows] == ["dwt", "dwt", "loader", "loader"] and rows[0].case == "first"
     assert rows[1].case == "out of memory, the rest is left out" and rows[1].ours is None
 
 
@@ -169,17 +169,17 @@ def test_scores_are_the_same():
 
 
 def test_networks(toy):
-    """Speed and memory of each pass: more than the weights, and gradients need more still."""
+    """Speed and memory of each pass: more than the weights, and with gradients more than twice the weights."""
     rows = toy("--only encoder,decoder")
     assert numbers_fit(rows) and {row.peer for row in rows} == {"diffusers"}
     assert [row.unit for row in rows] == ["img/s", "peak MB"] * 5
     assert {row.size for row in rows} == {"1 x 16 px", "2 x 16 px"}
     peaks = {row.case: row for row in rows if row.unit == "peak MB"}
-    for case in ("LiteVAE-S", "SMC"):
-        alone, both = peaks[f"{case}, forward"], peaks[f"{case}, forward+backward"]
-        assert both.ours > 1.5 * alone.ours and both.theirs > 1.5 * alone.theirs
     for case, net in (("LiteVAE-S", LiteVAEEncoder), ("SMC", Decoder), ("SMC folded", Decoder)):
-        assert peaks[f"{case}, forward"].ours > 4e-6 * count_parameters(net(SMALL("S")))
+        weights = 4e-6 * count_parameters(net(SMALL("S")))
+        assert peaks[f"{case}, forward"].ours > weights
+        if both := peaks.get(f"{case}, forward+backward"):
+            assert both.ours > 2 * weights and both.theirs > peaks[f"{case}, forward"].theirs
 
 
 def test_compiled_networks(toy, monkeypatch):
@@ -206,6 +206,6 @@ def test_training(toy):
 def test_images_and_evaluation(toy):
     """Decoding for training and for evaluation, and every stage of eval.py."""
     rows = toy("--only loader,eval")
-    assert numbers_fit(rows) and rows[0].section == "loader"
-    assert [row.case for row in rows[1:]] == ["decode and resize to 32 px", "model, LiteVAE-B",
+    assert numbers_fit(rows) and [row.section for row in rows[:3]] == ["loader", "loader", "eval"]
+    assert [row.case for row in rows[2:]] == ["decode and resize to 32 px", "model, LiteVAE-B",
                                               "PSNR and SSIM", "LPIPS", "Inception"]

@@ -92,7 +92,7 @@ def test_backward_and_optimizer_count():
         optimizer.step()
 
     # of the two passes and of the optimizer; detach: the gradient is kept
-    with measure.Tally() as tally:
+    with measure.Tally(CPU) as tally:
         step()
     names = [name.split(".")[1] for name in tally.ops.elements()]
     assert sorted(names) == sorted(["mm", "sum", "ones_like", "expand", "t", "mm", "detach", "add_"])
@@ -106,6 +106,21 @@ def test_what_was_there_before_counts_nothing():
     assert measure.peak_memory(lambda: weights.add_(1), CPU)[1] == 0
     net, peak = measure.peak_memory(lambda: nn.Linear(10, 20), CPU)
     assert peak == 4 * (10 * 20 + 20) and net.out_features == 20
+
+
+def test_bytes_after_each_operation():
+    """fp32 vectors of 1000 numbers: new ones count, views and changes in place do not, freed ones no more."""
+    known = torch.ones(1000)
+    with measure.Tally(CPU, [known]) as tally:
+        a = known + 1                                                 # 4000
+        known.mul_(2)
+        b = a.view(10, 100).mul_(3)                                   # nothing, twice
+        c = torch.stack([a, a])                                       # 12000
+        del a
+        c = c.sum()                                                   # 4 more, then without c
+        del b
+        c.add_(1)
+    assert tally.bytes == [0, 4000, 4000, 4000, 4000, 12000, 12004, 4] and tally.peak == 12004
 
 
 def test_events_of_cuda():
