@@ -19,7 +19,8 @@ import data
 from evaluation import analyses, models, plots
 from evaluation.feature_scales import feature_scales, part_steps, table
 from model import Autoencoder
-from runtime import cli, distributed, sources
+from runtime import cli, distributed, files, sources
+from runtime.failures import failures
 from variants.build import build
 from variants.sizes import PRESETS
 
@@ -123,14 +124,20 @@ def print_table(model: Autoencoder, x: Tensor) -> None:
 
 
 def write(out: Path, about: dict, results: dict[str, dict], unavailable: dict[str, str]) -> None:
-    """Writes the JSON, then the pictures; no picture of an earlier call remains."""
+    """Writes the JSON, then the pictures; no picture of an earlier call remains.
+
+    OSError if the disk is full: the file that had no room is then that of the earlier call.
+    """
     report = analyses.plain({**about, **results, "unavailable": unavailable})
-    (out / "analysis.json").write_text(analyses.to_json(report) + "\n")
+    with files.whole(out / "analysis.json") as file:
+        file.write(f"{analyses.to_json(report)}\n".encode())
     for analysis in analyses.ANALYSES:
         path = out / f"{analysis.name}.png"
-        path.unlink(missing_ok=True)
         if analysis.name in results and plots.available():
-            analysis.draw(results[analysis.name]).savefig(path)
+            with files.whole(path) as file:
+                analysis.draw(results[analysis.name]).savefig(file, format="png")
+        else:
+            path.unlink(missing_ok=True)
     if not plots.available():
         print("warning: no pictures, since matplotlib is missing: pip install -r requirements-plots.txt")
 
@@ -144,7 +151,8 @@ def main() -> None:
     else:
         print(f"{about['n']} images of {about['data']}, {args.res} px; {about['broken']} broken")
         results, unavailable = analyses.measure(subject, print)
-        write(Path(args.out), about, results, unavailable)
+        with failures("the files of an earlier call are unchanged"):
+            write(Path(args.out), about, results, unavailable)
         print(f"wrote {args.out}/analysis.json")
 
 

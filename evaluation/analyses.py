@@ -7,6 +7,7 @@ measured. Adding an analysis means adding its row.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 import data
 from evaluation import decoding, plots
 from evaluation import latent_statistics as latents
+from evaluation.equivariance import dct_spectrum, equivariance_error
 from evaluation.feature_scales import Layer, feature_norms, feature_scales, part_steps
 from model import Autoencoder
 
@@ -83,6 +85,32 @@ def mmd(subject: Subject) -> dict:
     if std == 0:
         raise Unavailable("all latents are the same constant")
     return latents.mmd_to_gaussian(vectors / std) | {"latent_std": std}
+
+
+def dct(subject: Subject) -> dict:
+    """Blockwise DCT of latents and images, in blocks of 8 x 8 or of the latents' size if that is smaller."""
+    z, images = subject.latents.z, data.to_float(subject.images)
+    block = min(8, *z.shape[-2:])
+    result = {"block": block}
+    for name, x in (("latent", z), ("image", images)):
+        result[f"{name}_spectrum"] = magnitude = dct_spectrum(x, block)
+        result[f"{name}_high"] = magnitude[len(magnitude) // 2:].mean().item()
+    return result
+
+
+def equivariance(subject: Subject) -> dict:
+    """Means over the images; a model whose images have one size cannot be asked."""
+    model, errors = subject.model, Counter()
+    if model.config.resolution:
+        raise Unavailable(f"the ViT of this model only takes {model.config.resolution} px, nothing scaled")
+    for batch in subject.images.split(subject.batch_size):
+        try:
+            values = equivariance_error(model, data.to_float(batch).to(subject.device))
+        except ValueError as reason:
+            raise Unavailable(str(reason)) from None
+        for name, value in values.items():
+            errors[name] += value * len(batch) / len(subject.images)
+    return dict(errors)
 
 
 def pca(subject: Subject) -> dict:
@@ -150,6 +178,8 @@ ANALYSES = (
     Analysis("correlation", lambda s: latents.correlation(s.latents.z),         plots.correlation),
     Analysis("mmd",         mmd,                                                plots.mmd),
     Analysis("spectrum",    lambda s: latents.spectra(s.latents.z, s.images),   plots.spectrum),
+    Analysis("dct",         dct,                                                plots.dct),
+    Analysis("equivariance", equivariance,                                      plots.equivariance),
     Analysis("pca",         pca,                                                plots.pca),
     Analysis("noise",       noise,                                              plots.noise),
     Analysis("resolution",  resolution,                                         plots.resolution),

@@ -54,12 +54,12 @@ def equivariance_error(model: Autoencoder, x: Tensor) -> dict[str, float]:
         image_<T>    PSNR between D(T z) and T x, dB: what both regularisers train
 
     with T in half, quarter, turn. All are means over images, and turn is the mean over the three turns.
-    Raises ValueError unless H and W are multiples of 4 f.
+    Raises ValueError unless H and W are multiples of 4 f and at least 8 f: group norm needs two positions.
     """
-    grid = 4 * model.config.downsample_factor
-    if x.shape[-2] % grid or x.shape[-1] % grid:
-        raise ValueError(f"image size {x.shape[-2]}x{x.shape[-1]}: to scale the latents to a quarter, both "
-                         f"sides have to be multiples of {grid}")
+    grid, (H, W) = 4 * model.config.downsample_factor, x.shape[-2:]
+    if H % grid or W % grid or min(H, W) < 2 * grid:
+        raise ValueError(f"image size {H}x{W}: to scale the latents to a quarter, both sides have to be "
+                         f"multiples of {grid} and at least {2 * grid}")
     training = model.training
     model.eval()
     z = model.encode(x).mean

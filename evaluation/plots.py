@@ -149,6 +149,19 @@ def spectrum(result: dict) -> Figure:
     return figure
 
 
+def dct(result: dict) -> Figure:
+    block = result["block"]
+    title = f"DCT of blocks of {block} x {block}, each channel at variance 1"
+    figure, ((axis,),) = new(1, 1, 5.5, 3.8, title)
+    for name, colour in (("image", ORANGE), ("latent", BLUE)):
+        label = f"{name}s, upper half {result[f'{name}_high']:.3f}"
+        axis.semilogy(array(result[f"{name}_spectrum"]), color=colour, label=label)
+    axis.axhline(1, color="black", linestyle="--", linewidth=1, label="white noise")
+    axis.set(xlabel="frequency, number in zigzag order", ylabel="mean magnitude / that of the DC")
+    axis.legend()
+    return figure
+
+
 def pca(result: dict) -> Figure:
     """Images above the first three principal components of their latents."""
     pairs, explained = result["pictures"], array(result["explained"])[:3]
@@ -178,6 +191,20 @@ def noise(result: dict) -> Figure:
               label="against the reconstruction without noise")
     axis.set(xlabel=f"noise std / latent std ({result['latent_std']:.3g})", ylabel="PSNR, dB")
     axis.legend()
+    return figure
+
+
+def equivariance(result: dict) -> Figure:
+    figure, ((left, right),) = new(1, 2, 4.2, 3.2, "Latents scaled and turned")
+    names = ("half", "quarter", "turn")
+    left.bar(names, [result[f"encoder_{name}"] for name in names], color=BLUE)
+    left.set(ylabel="|| T E(x) - E(T x) || / || E(T x) ||")
+    for kind, text, colour, shift in (("decoder", "T D(z)", GREEN, -0.2), ("image", "T x", ORANGE, 0.2)):
+        values = [result[f"{kind}_{name}"] for name in names]
+        right.bar(np.arange(3) + shift, values, width=0.4, color=colour, label=f"D(T z) against {text}")
+    right.set_xticks(range(3), names)
+    right.set(ylabel="PSNR, dB")
+    right.legend(loc="lower left")
     return figure
 
 

@@ -17,10 +17,11 @@ import checkpoint
 import data
 from evaluation import analyses, decoding, plots
 from evaluation import latent_statistics as stats
-from runtime import sources
+from evaluation.equivariance import dct_spectrum, equivariance_error
+from runtime import files, sources
 
 NAMES = [analysis.name for analysis in analyses.ANALYSES]
-SMALL = "--data synthetic --res 32 --count 2 --samples 4 --resolutions 16,32 --device cpu --out out"
+SMALL = "--data synthetic --res 64 --count 2 --samples 4 --resolutions 16,32 --device cpu --out out"
 
 
 def analyze(folder: Path, flags: str) -> dict:
@@ -64,12 +65,12 @@ def test_broken_images_are_left_out(tmp_path, capsys, refused):
 
 def test_everything_of_a_run(tmp_path, parent, capsys):
     """All analyses of a checkpoint with a log: numbers by hand, a summary, pictures that are not blank."""
-    report = analyze(tmp_path, f"{parent.folder}/ckpt.pt --samples 3 --batch-size 2")
+    report = analyze(tmp_path, f"{parent.folder}/ckpt.pt --samples 3 --batch-size 2 --resolutions 16,64")
     assert report["unavailable"] == {}
-    assert (report["n"], report["broken"], report["res"], report["weights"]) == (3, 0, 32, "EMA")
+    assert (report["n"], report["broken"], report["res"], report["weights"]) == (3, 0, 64, "EMA")
 
     model, state = checkpoint.load_model(parent.folder / "ckpt.pt")
-    images = data.ValSet(sources.open_source("synthetic", held_out=True), 32, 3)
+    images = data.ValSet(sources.open_source("synthetic", held_out=True), 64, 3)
     batch = torch.stack([images[i][0] for i in range(3)])
     latents = decoding.encode(model, batch, torch.device("cpu"), 3)
     assert report["moments"]["std"] == pytest.approx(latents.z.double().std(correction=0).item(), rel=1e-4)
@@ -77,9 +78,14 @@ def test_everything_of_a_run(tmp_path, parent, capsys):
     assert report["kl"]["channel_kl"] == pytest.approx(expected, rel=1e-4)
     scaled = latents.z.double().flatten(1) / report["mmd"]["latent_std"]
     assert report["mmd"]["mmd2"] == pytest.approx(stats.mmd_to_gaussian(scaled)["mmd2"], rel=1e-3)
-    assert report["mmd"]["dimensions"] == 12 * 4 * 4
+    assert report["mmd"]["dimensions"] == 12 * 8 * 8
+    errors = equivariance_error(model, data.to_float(batch))
+    assert report["equivariance"] == {name: pytest.approx(value, rel=1e-3) for name, value in errors.items()}
+    assert report["dct"]["block"] == 8
+    spectrum = dct_spectrum(latents.z)
+    assert report["dct"]["latent_high"] == pytest.approx(spectrum[32:].mean().item(), rel=1e-3)
     assert report["noise"]["psnr"][0] == pytest.approx(report["resolution"]["psnr"][1], abs=1e-3)
-    assert report["resolution"]["resolution"] == [16, 32]
+    assert report["resolution"]["resolution"] == [16, 64]
     last = parent.lines[-1]
     ratio = last["adaptive_weight"] / state["args"]["disc_weight"]
     assert report["gradients"]["ratio"] == [pytest.approx(ratio, rel=1e-5)]
@@ -118,7 +124,7 @@ def save_one_channel(folder: Path) -> str:
 
 def save_vit(folder: Path) -> str:
     train_in(folder, "--aggregator vit --steps 1")
-    return "run/ckpt.pt"
+    return "run/ckpt.pt --res 32"
 
 
 def write_module(folder: Path) -> str:
@@ -126,7 +132,8 @@ def write_module(folder: Path) -> str:
     return "--model of_the_user:same"
 
 
-LATENT = {"moments", "histograms", "kl", "correlation", "mmd", "spectrum", "pca", "noise", "layers", "norms"}
+LATENT = {"moments", "histograms", "kl", "correlation", "mmd", "spectrum", "dct", "equivariance", "pca",
+          "noise", "layers", "norms"}
 
 
 @pytest.mark.parametrize("save, unavailable, reason", [
@@ -134,7 +141,7 @@ LATENT = {"moments", "histograms", "kl", "correlation", "mmd", "spectrum", "pca"
     (save_open_litevae, {"gradients"}, "no log.jsonl"),
     (save_codebook, {"kl", "gradients"}, "a codebook has no KL"),
     (save_one_channel, {"gradients"}, "no adaptive_weight"),
-    (save_vit, {"gradients"}, "no adaptive_weight"),
+    (save_vit, {"equivariance", "gradients"}, "the ViT of this model only takes 32 px, nothing scaled"),
     (write_module, LATENT | {"gradients"}, "has no latent and no decoder"),
     (lambda folder: "--preset demo", {"gradients"}, "no log.jsonl"),
 ])
@@ -166,6 +173,26 @@ def test_without_matplotlib(tmp_path, parent, monkeypatch, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if "matplotlib" in line]
     assert len(lines) == 1 and "pip install -r requirements-plots.txt" in lines[0]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["analysis.json"]
+
+
+def test_sides_without_a_quarter(tmp_path, monkeypatch):
+    """At 48 px the latents cannot be scaled to a quarter: no equivariance errors, and the reason."""
+    monkeypatch.setattr(plots, "Figure", None)
+    report = analyze(tmp_path, "--preset demo --res 48")
+    assert "48x48" in report["unavailable"]["equivariance"] and report["dct"]["block"] == 6
+
+
+def test_full_disk(tmp_path, parent, monkeypatch, capsys):
+    """One line and exit code 1; the JSON of an earlier call is still there, and no temporary file."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/analysis.json").write_text("earlier")
+    monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(SystemExit) as stop:
+        analyze(tmp_path, f"{parent.folder}/ckpt.pt")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 1 and "cannot write out/analysis.json: [Errno 28] No space left" in line
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["analysis.json"]
+    assert (tmp_path / "out/analysis.json").read_text() == "earlier"
 
 
 def test_few_images(tmp_path, monkeypatch):

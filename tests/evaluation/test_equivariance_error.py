@@ -47,10 +47,10 @@ def test_error_of_a_linear_autoencoder():
 def test_an_equivariant_autoencoder_has_no_error():
     """Means of blocks commute with turns, and on images of one grey with scaling; not on noise."""
     model = LinearAutoencoder(mean=True)
-    found = equivariance_error(model, noise(2, 1, 1, 1).double().expand(2, 1, 16, 16))
+    found = equivariance_error(model, noise(2, 1, 1, 1).double().expand(2, 1, 32, 32))
     assert max(found[f"encoder_{name}"] for name in ("half", "quarter", "turn")) < 1e-6
     assert min(found[f"decoder_{name}"] for name in ("half", "quarter", "turn")) > 105    # the limit is 106
-    textured = equivariance_error(model, noise(2, 1, 16, 16).double())
+    textured = equivariance_error(model, noise(2, 1, 32, 32).double())
     assert textured["encoder_turn"] < 1e-6 < 0.1 < textured["encoder_quarter"]
 
 
@@ -58,11 +58,12 @@ def test_error_leaves_the_model_alone():
     """Mode and weights stay, no gradient is taken, and sizes that cannot be scaled are refused."""
     model = Autoencoder(scale_config("S", decoder_channels=8, decoder_blocks=1))
     before = {name: w.clone() for name, w in model.state_dict().items()}
-    found = equivariance_error(model, noise(2, 3, 32, 64))
+    found = equivariance_error(model, noise(2, 3, 64, 96))
     assert model.training and all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
     assert all(np.isfinite(value) for value in found.values()) and found["encoder_half"] > 0
-    with pytest.raises(ValueError, match="image size 40x32: .* multiples of 32"):
-        equivariance_error(model, noise(2, 3, 40, 32))
+    for size in ((40, 64), (32, 64)):
+        with pytest.raises(ValueError, match=f"image size {size[0]}x64: .* multiples of 32 and at least 64"):
+            equivariance_error(model, noise(2, 3, *size))
 
 
 def test_worked_numbers():

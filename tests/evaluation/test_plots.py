@@ -10,6 +10,7 @@ from PIL import Image
 
 from evaluation import analyses, plots
 from evaluation import latent_statistics as stats
+from evaluation.equivariance import dct_spectrum
 
 
 def latents(channels: int, constant: bool = False) -> torch.Tensor:
@@ -54,6 +55,18 @@ def test_channels(channels):
     """One channel alone, and more than a row of panels or a matrix with numbers holds."""
     check(plots.histograms(stats.histograms(latents(channels))))
     check(plots.correlation(stats.correlation(latents(channels))))
+
+
+def test_equivariance():
+    """Three transforms, two kinds of PSNR; both spectra of the blockwise DCT."""
+    errors = {f"{kind}_{name}": 1.0 + i for i, kind in enumerate(("encoder", "decoder", "image"))
+              for name in ("half", "quarter", "turn")}
+    figure = plots.equivariance(errors)
+    check(figure)
+    assert [bar.get_height() for bar in figure.axes[1].patches] == 3 * [2.0] + 3 * [3.0]
+    z = latents(2)
+    check(plots.dct({"block": 8, "image_spectrum": dct_spectrum(z), "image_high": 0.1,
+                     "latent_spectrum": dct_spectrum(2 * z), "latent_high": 0.2}))
 
 
 def test_constant_latents():
