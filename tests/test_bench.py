@@ -169,7 +169,7 @@ def test_scores_are_the_same():
 
 
 def test_networks(toy):
-    """Speed and memory of each pass: more than the weights, and with gradients more than twice the weights."""
+    """Speed and memory of each pass: more than the weights, with gradients more than twice as much."""
     rows = toy("--only encoder,decoder")
     assert numbers_fit(rows) and {row.peer for row in rows} == {"diffusers"}
     assert [row.unit for row in rows] == ["img/s", "peak MB"] * 5
