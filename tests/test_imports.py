@@ -14,7 +14,8 @@ FLOORS = [  # a file imports from floors below its own, and within its floor in 
     {"variants"},
     {"checkpoint", "plan", "evaluation.models"},
     {"downstream"},
-    {"train", "eval", "analyze", "export", "latents", "examples"},
+    {"train", "eval", "analyze", "export", "latents", "examples",
+     "experiments"},
     {"bench"},
 ]
 FILES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path

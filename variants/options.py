@@ -37,6 +37,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("other architectures (variants/)").add_argument
     add("--encoder", choices=("litevae", "sd", "open-litevae", "dwt", "dwt2"), default="litevae",
         help="LiteVAE's, SD-VAE's, open-LiteVAE's, or the wavelet bands themselves (paper App. B)")
+    add("--sd-channels", type=cli.positive, default=128, help="base width of SD-VAE's encoder")
     add("--decoder", choices=("sd", "open-litevae"), default="sd",
         help="layout: SD-VAE's (its norm is --decoder-norm), or open-LiteVAE's")
     add("--extractor-blocks", type=cli.positive, default=2, help="per width; open-LiteVAE: 3, 4, 5, 5")
@@ -125,6 +126,7 @@ def idle(args: argparse.Namespace) -> dict[str, str]:
     """Flags that nothing would read if they were given, and why."""
     found = {
         "scale": args.encoder in ONE_SIZE and f"--encoder {args.encoder} has one size",
+        "sd_channels": args.encoder != "sd" and f"the width is that of --encoder sd, got {args.encoder}",
         "kl_weight": args.codebook_size and "a codebook has no KL, its weight is --vq-weight",
         "vq_weight": not args.codebook_size and "there is no codebook, set --codebook-size",
         "r1_every": not args.r1 and "there is no penalty, set --r1",
