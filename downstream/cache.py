@@ -34,6 +34,7 @@ from runtime import distributed, files, sources
 from runtime.distributed import print0
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+INDEX = ("weights_sha256", "data", "images", "res", "latent_shape", "dtype", "shard_size", "classes")
 
 # ----------------------------------------------------------------------------
 # the folder
@@ -203,6 +204,8 @@ class LatentDataset(Dataset):
     def __init__(self, folder: str | Path, seed: int = 0, scaling: LatentScaling | None = None):
         self.folder, self.seed, self.scaling = Path(folder), seed, scaling
         self.index = read_json(self.folder / "index.json")
+        if missing := [name for name in INDEX if name not in self.index]:
+            raise ValueError(f"{folder}/index.json is not that of latents.py cache: no {', '.join(missing)}")
         self.classes = self.index["classes"]
         shards = range(-(-self.index["images"] // self.index["shard_size"]))
         missing = sum(not path.exists() for number in shards for path in shard_paths(self.folder, number))

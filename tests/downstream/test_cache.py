@@ -307,6 +307,10 @@ def test_no_cache(ready, folder):
     """A folder without index.json, an unfinished cache, and images beyond its end."""
     with pytest.raises(ValueError, match="photos/index.json is damaged or missing"):
         LatentDataset(folder / "photos")
+    (folder / "foreign").mkdir()
+    (folder / "foreign/index.json").write_text('{"images": 3}')
+    with pytest.raises(ValueError, match="not that of latents.py cache: no weights_sha256, data, res"):
+        LatentDataset(folder / "foreign")
     forked(folder, FLAGS, dies(os, "replace", 3))
     with pytest.raises(ValueError, match="out is not finished, 5 files are missing: repeat its command"):
         LatentDataset(folder / "out")
