@@ -817,6 +817,22 @@ def test_compiled_discriminator(train_run, parent, monkeypatch):
         assert line == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.slow
+def test_inductor(tmp_path):
+    """C++ code for the whole step, alone and with DDP: the numbers of eager steps. Minutes."""
+    flags = f"--data synthetic {SMALL} --res 64 --disc unet-s --steps 2 --batch-size 4"
+    for out, more in (("plain", ""), ("compiled", "--compile"), ("ddp", "--compile")):
+        if out == "ddp":
+            done = torchrun(tmp_path, f"train.py {flags} {more} --out ddp")
+            assert done.returncode == 0, done.stderr
+        else:
+            train_in(tmp_path, f"{flags} {more} --out {out}")
+    plain, *others = (Run(tmp_path / out).steps for out in ("plain", "compiled", "ddp"))
+    for steps in others:
+        for line, expected in zip(steps, plain, strict=True):
+            assert line == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
 @pytest.mark.parametrize("flags", [
     "", "--dropout 0.5 --conv1x1", "--encoder open-litevae --extractor-blocks 3 --decoder open-litevae",
     "--extractor nafnet --aggregator vit",
