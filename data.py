@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
+from runtime import distributed
 from runtime.sources import (
     HELD_OUT,
     MAX_PIXELS,
@@ -409,8 +410,7 @@ def report_broken(batches: Iterable[tuple[Any, list[str]]], seen: set[str]) -> I
 
 def default_workers() -> int:
     """Loader processes of a training or scoring process: 4, or fewer if it may use fewer cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(4, cores)
+    return min(4, distributed.cores())
 
 
 def _start_worker(worker: int) -> None:

@@ -33,7 +33,7 @@ import data
 from checkpoint import load_model
 from evaluation import metrics, plots
 from losses import gaussian_blur
-from runtime import cli, files, sources
+from runtime import cli, distributed, files, sources
 from runtime.failures import failures
 
 ROOT = Path(__file__).parent
@@ -161,7 +161,7 @@ class Run:
 
     def train(self) -> Path:
         """Trains all phases, each from the last; returns the checkpoint. OSError if train.py fails."""
-        threads = max(1, (os.cpu_count() or 1) // self.args.jobs)
+        threads = max(1, distributed.cores() // self.args.jobs)
         last, env = None, os.environ | {"OMP_NUM_THREADS": str(threads)}
         for i, flags in enumerate(self.phases):
             out = self.folder / str(i)
