@@ -692,6 +692,7 @@ SHAPES = [  # flags, a tensor of the model, its shape
     ("--levels 2", "decoder.up.4.conv1.conv.weight", (8, 16, 3, 3)),
     ("--levels 4 --res 64", "encoder.extractors.3.conv_in.weight", (16, 12, 3, 3)),
     ("--encoder sd --scale B --steps 1 --ema-decay 0", "encoder.conv_in.weight", (128, 3, 3, 3)),
+    ("--encoder sd --scale B --sd-channels 24", "encoder.conv_in.weight", (24, 3, 3, 3)),
     ("--encoder open-litevae --extractor-blocks 3", "encoder.extractors.0.mid_block.2.norm1.weight", (32,)),
     ("--encoder open-litevae --aggregator-blocks 3", "encoder.aggregator.mid_block.2.norm1.weight", (32,)),
     ("--decoder open-litevae", "decoder.conv_norm.scales", (8,)),
