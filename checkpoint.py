@@ -28,6 +28,8 @@ from runtime.distributed import print0
 from variants.build import build
 from variants.config import AutoencoderConfig
 
+SHIPPED = Path(__file__).parent / "weights/litevae-tiny.pt"
+
 
 def save(folder: Path, state: dict, keep: int) -> None:
     """Write folder/ckpt.pt (on rank 0 only) and keep the `keep` previous ones as ckpt-<step>.pt.
@@ -55,10 +57,15 @@ def save(folder: Path, state: dict, keep: int) -> None:
 
 def save_weights(path: Path, state: dict) -> None:
     """Write the small inference file: only the averaged weights, or the raw ones if there is no average."""
+    write(path, inference_state(state))
+
+
+def inference_state(state: dict, raw: bool = False, dtype: torch.dtype | None = None) -> dict:
+    """What an inference file holds of a checkpoint: one set of weights, in `dtype` unless it is None."""
     parts = ("model", "ema", "disc", "lecam", "opt", "opt_muon", "opt_disc")
     about = {name: value for name, value in state.items() if name not in parts}
-    weights = "model" if state["ema"] is None else "ema"
-    write(path, about | {weights: state[weights]})
+    name = "model" if raw or state.get("ema") is None else "ema"
+    return about | {name: {key: tensor.to(dtype) for key, tensor in state[name].items()}}
 
 
 def write(path: Path, state: dict) -> None:
@@ -125,12 +132,16 @@ def candidates(folder: Path) -> Iterator[Path]:
             yield numbered
 
 
-def load_model(path: str | Path, raw: bool = False) -> tuple[Autoencoder, dict]:
+def load_model(path: str | Path | None = None, raw: bool = False) -> tuple[Autoencoder, dict]:
     """Load the autoencoder of a checkpoint, in eval mode, and the checkpoint itself.
 
-    Uses the EMA weights if the checkpoint has them, unless `raw`. Raises ValueError like `load`, and if `raw`
-    is set but the file has only averaged weights.
+    Without a path it is the small model in weights/, and a line on stdout says so. Uses the EMA weights if
+    the checkpoint has them, unless `raw`. Raises ValueError like `load`, and if `raw` is set but the file
+    has only averaged weights.
     """
+    if path is None:
+        path = SHIPPED
+        print0("no checkpoint is named: loading weights/litevae-tiny.pt")
     state = load(path)
     model = build(to_config(state, path))
     if raw and "model" not in state:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
+from checkpoint import SHIPPED
 from evaluation import fid, metrics, models, report
 from runtime import cli, distributed, sources, weights
 from runtime.distributed import print0
@@ -86,6 +87,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.ckpt is None and args.imagenet_val not in (None, DEFAULT):
         args.ckpt, args.imagenet_val = args.imagenet_val, DEFAULT     # eval.py --imagenet-val ckpt.pt
+    if not models.named(args):
+        args.ckpt = str(SHIPPED)
+        print0("no model is named: scoring weights/litevae-tiny.pt")
     if len(models.named(args)) != 1:
         parser.error("give one of a checkpoint, --diffusers, --open-litevae and --model; for example: "
                      "eval.py out/litevae-b-128/ckpt.pt --imagenet-val")

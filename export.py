@@ -2,10 +2,12 @@
 
     python export.py out/demo/ckpt.pt --out shared/demo                   # config.json, model.safetensors
     python export.py out/demo/ckpt.pt --out shared/demo --format onnx     # encoder.onnx, decoder.onnx
+    python export.py out/demo/ckpt.pt --out shared/demo --format half     # half.pt
 
 downstream/pretrained.py reads the folder. The ONNX files take any batch, and images of any size that f
 divides (with a ViT aggregator, only of its own size). They include the wavelet transforms, and plain
 convolutions in place of self-modulated ones. They are compared with the model before they are written.
+half.pt is a checkpoint of half the size, for eval.py and checkpoint.load_model: one set of weights, in fp16.
 
 B batch, C channels, H W pixels, Z latent channels, f downsample factor, h w = H/f, W/f.
 """
@@ -13,6 +15,7 @@ B batch, C channels, H W pixels, Z latent channels, f downsample factor, h w = H
 import copy
 import importlib
 import importlib.util
+import io
 import json
 from pathlib import Path
 
@@ -21,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim
 
+from checkpoint import inference_state, load
 from downstream.pretrained import CONFIG, WEIGHTS, PretrainedAutoencoder, check_free, write_files
 from model import Autoencoder, Posterior, count_parameters
 from runtime import cli
@@ -28,7 +32,7 @@ from variants.config import AutoencoderConfig
 from variants.quantize import Quantized
 from wavelets import full_precision
 
-FILES = {"folder": (CONFIG, WEIGHTS), "onnx": ("encoder.onnx", "decoder.onnx")}
+FILES = {"folder": (CONFIG, WEIGHTS), "onnx": ("encoder.onnx", "decoder.onnx"), "half": ("half.pt",)}
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 CHECKED = ((1, 8, 8), (2, 8, 12), (1, 12, 4))    # batch and latent sides that are compared
 TOLERANCE = 1e-4                                 # largest difference, relative to values above 1
@@ -40,7 +44,7 @@ def parse_args(argv: list[str] | None = None):
     add("checkpoint", metavar="CKPT", help="checkpoint of train.py")
     add("--out", required=True, metavar="FOLDER", help="where to write; created if missing")
     add("--format", choices=tuple(FILES), default="folder",
-        help="folder: config.json and model.safetensors; onnx: encoder.onnx and decoder.onnx")
+        help="folder: config.json and model.safetensors; onnx: encoder.onnx and decoder.onnx; half: half.pt")
     add("--raw", action="store_true", help="the raw weights, not the averaged ones")
     add("--force", action="store_true", help="overwrite files that exist")
     return parser.parse_args(argv)
@@ -170,6 +174,13 @@ def random_latents(config: AutoencoderConfig, batch: int, h: int, w: int) -> Ten
     return torch.randn(batch, config.latent_channels, h, w, generator=torch.Generator().manual_seed(1))
 
 
+def half(path: str, raw: bool) -> bytes:
+    """An inference file with weights in fp16; loading it widens them to fp32."""
+    buffer = io.BytesIO()
+    torch.save(inference_state(load(path), raw, torch.float16), buffer)
+    return buffer.getvalue()
+
+
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -192,6 +203,8 @@ def main() -> None:
                   f"shift_factor 0; python latents.py stats {args.checkpoint} --data SRC measures them")
         if args.format == "folder":
             vae.save_pretrained(folder, args.force)
+        elif args.format == "half":
+            write_files(folder, {"half.pt": half(args.checkpoint, args.raw)}, args.force)
         else:
             files = export_onnx(vae)
             found = largest_difference(vae.model, files)

@@ -13,7 +13,7 @@ from conftest import ROOT, call, equal, tiny_checkpoint
 from safetensors.torch import load_file
 
 import export
-from checkpoint import load_model
+from checkpoint import load, load_model
 from model import GROUP
 
 SIZES = ((1, 16, 16), (2, 24, 8), (3, 20, 36))             # batch and sides of images; f is 4
@@ -48,6 +48,24 @@ def assert_equal(folder: Path, sizes=SIZES) -> None:
         for ours, theirs in zip(expected, found, strict=True):
             assert ours.shape == theirs.shape and np.abs(ours.numpy() - theirs).max() < 1e-4
             assert ours.float().std() > 0.01 or (ours == -30).all()      # the log-variance of plain wavelets
+
+
+# ---- half of the size --------------------------------------------------------------------------------------
+
+
+def test_half(tmp_path, capsys):
+    """fp16 weights, the average or with --raw those of training, and all else of an inference file."""
+    path = tiny_checkpoint(tmp_path, LATENTS)
+    for flags, part in (("--out a", "ema"), ("--out b --raw", "model")):
+        call("export", tmp_path, f"ckpt.pt --format half {flags}")
+        found = torch.load(tmp_path / flags.split()[1] / "half.pt", weights_only=True)
+        state = load(path)
+        assert found.keys() == state.keys() - {"model", "ema"} | {part} and found["latents"] == LATENTS
+        assert all(tensor.dtype == torch.float16 and torch.equal(tensor, state[part][name].half())
+                   for name, tensor in found[part].items())
+        model, _ = load_model(tmp_path / flags.split()[1] / "half.pt")
+        wide = {name: tensor.float() for name, tensor in found[part].items()}
+        assert equal(model.state_dict(), wide)
 
 
 # ---- the folder --------------------------------------------------------------------------------------------
@@ -137,13 +155,13 @@ def test_nothing_is_overwritten(tmp_path, refused, monkeypatch, exported, kind, 
     monkeypatch.setattr(export, "export_onnx", lambda vae: files)          # takes a while
     monkeypatch.setattr(export, "largest_difference", lambda model, files: 0.0)
     (tmp_path / "out").mkdir()
-    for name in (names[1], "README.md"):
+    for name in (names[-1], "README.md"):
         (tmp_path / "out" / name).write_text("mine")
     line = refused("export", f"ckpt.pt --out out --format {kind}")
-    assert f"out already holds {names[1]}: choose another folder, or give --force" in line
+    assert f"out already holds {names[-1]}: choose another folder, or give --force" in line
     call("export", tmp_path, f"ckpt.pt --out out --format {kind} --force")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*names, "README.md"])
-    assert (tmp_path / "out/README.md").read_text() == "mine" != (tmp_path / "out" / names[1]).read_bytes()
+    assert (tmp_path / "out/README.md").read_text() == "mine" != (tmp_path / "out" / names[-1]).read_bytes()
 
 
 def test_missing_packages(tmp_path, refused, monkeypatch):
