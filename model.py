@@ -512,7 +512,7 @@ PRESETS = {
     "litevae-b-nz4":      scale_config("B", latent_channels=4),
     "litevae-b-wavelet":  scale_config("B", output="wavelet"),
     "litevae-b-group":    scale_config("B", **GROUP),
-    "demo":               scale_config("S", decoder_channels=16, decoder_blocks=1),
+    "demo":               scale_config("S", decoder_channels=24, decoder_blocks=1),
 }
 # fmt: on
 PUBLISHED = {  # 1e6 encoder parameters, Table 2a, counted at n_z 4; 1e9 MACs

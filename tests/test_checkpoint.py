@@ -13,9 +13,16 @@ from conftest import equal
 from torch import nn
 
 import checkpoint
+import data
+import train
+from evaluation import metrics
 from model import Autoencoder
+from runtime import sources
+from variants import options
 from variants.build import build
 from variants.config import AutoencoderConfig
+
+SHIPPED_PSNR = 29.0354    # dB, of weights/litevae-tiny.pt on four generated images of 128 px
 
 # far from every default, so that a rebuilt network can only come of the file
 ODD = AutoencoderConfig(
@@ -33,6 +40,21 @@ def write(folder: Path, step: int = 3, keep: int = 0) -> tuple[dict, Autoencoder
     state = dict(step=step, config=asdict(ODD), args={"res": 16}, **weights)
     checkpoint.save(folder, state, keep)
     return state, net, ema
+
+
+def test_shipped_model(capsys):
+    """load_model() says what it takes: at most 4 MiB of fp16 weights, whose PSNR on four images is known."""
+    model, state = checkpoint.load_model()
+    assert capsys.readouterr().out == "no checkpoint is named: loading weights/litevae-tiny.pt\n"
+    assert checkpoint.SHIPPED.stat().st_size <= 4 * 2**20
+    assert all(tensor.dtype == torch.float16 for tensor in state["ema"].values()) and "model" not in state
+    recipe = train.parse_args([f"@{checkpoint.SHIPPED.parents[1]}/recipes/litevae-tiny.args"])
+    assert state["step"] == recipe.steps and asdict(options.build_config(recipe)) == state["config"]
+    held_out = data.ValSet(sources.open_source("synthetic", held_out=True), 128, 4)
+    images = torch.stack([held_out[i][0] for i in range(4)])
+    with torch.no_grad():
+        recon = metrics.to_uint8(model.decode(model.encode(data.to_float(images)).mean))
+    assert metrics.psnr(images, recon).mean().item() == pytest.approx(SHIPPED_PSNR, abs=1e-3)
 
 
 def plain(value) -> bool:

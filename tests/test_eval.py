@@ -402,6 +402,13 @@ def test_user_errors(place, refused, flags, expected):
     assert expected in refused("eval", f"{QUICK} --json out/scores.json --grid out/grid.png {flags}")
 
 
+def test_without_a_model(place, capsys):
+    """The model in weights/ is scored, and a line says so."""
+    report = score(place, "--data pictures")
+    assert "no model is named: scoring weights/litevae-tiny.pt" in capsys.readouterr().out
+    assert report["checkpoint"] == str(checkpoint.SHIPPED) and report["psnr"] > 15
+
+
 def test_listing_cache(place, monkeypatch):
     """A long listing is kept for the next time, but not with --no-listing-cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))

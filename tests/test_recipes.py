@@ -187,7 +187,7 @@ SIZES = [
     ("litevae-b-(128.*|256-tuned)", 6_755_260, SMC),
     ("litevae-m-128", 32_754_748, SMC),
     ("litevae-l-128", 41_431_612, SMC),
-    ("demo", 1_038_012, 423_871),                           # the decoder's is ours
+    ("demo|litevae-tiny", 1_038_012, 947_031),              # the decoder's is ours
     ("peers/sd-(kl-f8.*|ft-.*)", 34_163_592, GN4),
     ("peers/sd-kl-f4", 22_337_411 + 3 * 4609, GN3_F4),            # ours: LDM's code was not counted at f4
     ("peers/transfusion-f8d8", 34_200_464, GN8),
