@@ -121,7 +121,10 @@ def test_real_runs(folder):
     call("experiments", folder, f"{FLAGS} --jobs 2")
     call("experiments", folder, f"{FLAGS} --out alone")
     scores = [json.loads((folder / name / "results.json").read_text())["scores"] for name in ("out", "alone")]
-    assert scores[0] == scores[1] and scores[0]["two"][0] != scores[0]["two"][1] != scores[0]["base"][1]
+    for name in ("two", "base"):                                  # threads differ, and rounding with them
+        for together, alone in zip(scores[0][name], scores[1][name], strict=True):
+            assert together == pytest.approx(alone, abs=1e-3)
+    assert scores[0]["two"][0] != scores[0]["two"][1] != scores[0]["base"][1]
     second = torch.load(folder / "out/two-1/1/ckpt.pt", weights_only=True)
     assert (second["step"], second["args"]["seed"]) == (2, 1)
     assert second["args"]["init"] == "out/two-1/0/ckpt.pt"

@@ -151,7 +151,7 @@ def test_flag_file_that_builds_on_another(tmp_path, monkeypatch, refused):
     ("train", "--kl-weight nan", "argument --kl-weight: must be 0 or more, got nan"),
     ("train", "--rescale 1", "argument --rescale: expected 2 arguments"),
     ("train", "@missing.args", "No such file or directory: 'missing.args'"),
-    ("eval", "--data x", "give one of a checkpoint"),
+    ("eval", "a.pt --model b:c --data x", "give one of a checkpoint"),
     ("eval", "c.pt", "give either --imagenet-val"),
     ("eval", "c.pt --data x --imagenet-val", "give either --imagenet-val"),
     ("eval", "c.pt --data x --limit 0", "argument --limit: must be at least 1, got 0"),
