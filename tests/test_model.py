@@ -602,6 +602,20 @@ def test_smc_decoder_starts_at_the_size_of_its_input():
     assert 0.5 < net.decode(torch.randn(2, 12, 8, 8)).std() < 2.0
 
 
+def test_torchs_initialisation():
+    """Every convolution is uniform within 1 / sqrt(inputs), torch's default, and not as in ours."""
+    torch.manual_seed(0)
+    net = build(AutoencoderConfig(**TINY, initialisation="torch"))
+    torch.manual_seed(0)
+    ours = build(AutoencoderConfig(**TINY))
+    first = ours.encoder.extractors[0].conv_in.weight
+    assert not torch.equal(net.encoder.extractors[0].conv_in.weight, first)
+    for module in filter(lambda module: isinstance(module, nn.Conv2d), net.modules()):
+        bound = module.weight[0].numel() ** -0.5                   # kaiming_uniform_ with a = sqrt(5)
+        assert bound * 0.8 < module.weight.abs().max() <= bound
+
+
+
 # ------------------------------------------------------------------------------------------------------------
 # configuration
 

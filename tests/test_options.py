@@ -293,6 +293,7 @@ def test_adaptive_weight_knows_all_terms(train_run):
     ("--encoder sd", "--scale S has no effect: --encoder sd has one size"),
     ("--encoder dwt", "--scale S has no effect: --encoder dwt has one size"),
     ("--sd-channels 8", "--sd-channels 8 has no effect: the width is that of --encoder sd, got litevae"),
+    ("--encoder sd --scale B --decoder-norm group --initialisation torch", "changes nothing: encoder=sd and"),
     ("--encoder dwt2 --scale B", "encoder=dwt2 gives 48 latent channels for 3 of the image"),
     ("--encoder sd --scale B --extractor nafnet", "extractor=nafnet needs encoder=litevae, got sd"),
     ("--encoder sd --scale B --dropout 0.1", "dropout=0.1 needs encoder=litevae, got sd"),

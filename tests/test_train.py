@@ -718,6 +718,7 @@ LOGS = [  # flags, what their log lines of step 1 and 2 must satisfy, given thos
     ("--num-workers 2", lambda log, base: log == base),
     ("--seed 1", lambda log, base: log[0]["kl"] != base[0]["kl"]),
     ("--rescale 1 2", lambda log, base: log[0]["l1"] != base[0]["l1"]),
+    ("--initialisation torch", lambda log, base: log[0]["kl"] < 0.2 * base[0]["kl"]),
     ("--lr 1e-3", lambda log, base: log[0]["l1"] == base[0]["l1"] and log[1]["l1"] != base[1]["l1"]),
     ("--disc patch", lambda log, base: {"adv", "disc", "logits_real", "logits_fake"} <= log[0].keys()),
     ("--disc patch --disc-loss logistic --disc-weight 0.5",

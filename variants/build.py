@@ -63,6 +63,8 @@ class VariantAutoencoder(Autoencoder):
 
     def init_weights(self) -> None:
         """LiteVAE's encoder and SMC decoders as in model.py, with their exchanged parts; else torch's."""
+        if self.config.initialisation == "torch":
+            return
         if isinstance(self.encoder, AblatedEncoder):
             unets, blocks = (UNet, ViTAggregator), (ResBlock, NAFBlock)
             init_encoder(self.encoder, self.config.latent_channels, unets, blocks)

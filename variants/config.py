@@ -38,6 +38,7 @@ class AutoencoderConfig(LiteVAEConfig):
     dropout: float = 0.0                       # in the blocks of extractors and aggregator
     codebook_size: int = 0                     # entries of VQ-GAN's codebook; 0 is the Gaussian posterior
     codebook_update: str = "gradient"          # or "ema", a moving average of the encoder's outputs
+    initialisation: str = "isometry"           # Autoencoder.init_weights, or "torch", its defaults
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,9 +49,11 @@ class AutoencoderConfig(LiteVAEConfig):
         check_choice("downsample", self.downsample, ("pool", "conv"))
         check_choice("aggregator", self.aggregator, ("unet", "vit"))
         check_choice("codebook_update", self.codebook_update, ("gradient", "ema"))
+        check_choice("initialisation", self.initialisation, ("isometry", "torch"))
         check_ranges(self)
         check_encoder(self)
         check_latent(self)
+        check_initialisation(self)
         check_open_litevae(self)
 
     @property
@@ -113,6 +116,14 @@ def check_latent(config: AutoencoderConfig) -> None:
     if config.conv1x1 or config.codebook_size:
         name = "conv1x1" if config.conv1x1 else "codebook_size"
         raise ValueError(f"{name} belongs to a learned encoder, got encoder={config.encoder}")
+
+
+def check_initialisation(config: AutoencoderConfig) -> None:
+    if config.initialisation == "torch" and config.encoder != "litevae" and config.decoder_norm == "group":
+        raise ValueError(
+            f"initialisation=torch changes nothing: encoder={config.encoder} and decoder_norm=group "
+            "start with torch's defaults anyway"
+        )
 
 
 def check_open_litevae(config: AutoencoderConfig) -> None:
