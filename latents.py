@@ -88,7 +88,8 @@ def add_data_flags(add) -> None:
     add("--data", metavar="SRC", required=True, help="images, as in train.py")
     add("--res", type=cli.positive, help="side of the centre crops, pixels (default: the checkpoint's)")
     add("--batch-size", type=cli.positive, default=32, help="images that each process encodes at once")
-    add("--num-workers", type=cli.natural, default=4, help="loader processes of each process")
+    add("--num-workers", type=cli.natural, default=data.default_workers(),
+        help="loader processes of each process; unless given, 4 or the number of cores if smaller")
 
 
 def add_file_flags(add, what: str, where: str) -> None:

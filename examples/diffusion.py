@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import checkpoint
+import data
 from downstream import pictures
 from downstream.cache import LatentDataset, weights_hash
 from evaluation import metrics, report
@@ -81,7 +82,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--samples", type=cli.positive, default=64, help="pictures in samples.png")
     add("--sample-steps", type=cli.positive, default=50, help="Euler steps of a sample")
     add("--save-every", type=cli.positive, default=10_000, help="steps; the last step always saves")
-    add("--num-workers", type=cli.natural, default=4, help="loader processes")
+    add("--num-workers", type=cli.natural, default=data.default_workers(),
+        help="loader processes; unless given, 4 or the number of cores if smaller")
     add("--seed", type=cli.natural, default=0, help="of weights, data order, noise and samples")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     return parser.parse_args(argv)

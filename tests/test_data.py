@@ -27,8 +27,10 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 
 import data
 import eval as eval_script
+import latents
 import train
 from data import GlobalBatchSampler, TrainSet, ValSet
+from examples import diffusion
 from runtime import sources
 from runtime.listings import Listing
 from runtime.sources import BrokenImage, load_reduced, load_rgb, open_source
@@ -952,6 +954,8 @@ def test_default_workers_follow_the_cores(tmp_path, monkeypatch, cores, workers)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     assert train.parse_args([]).num_workers == workers
     assert eval_script.parse_args(["ckpt.pt", "--data", "x"]).num_workers == workers
+    assert latents.parse_args(["cache", "ckpt.pt", "--data", "x", "--out", "y"]).num_workers == workers
+    assert diffusion.parse_args(["ckpt.pt", "cache", "--out", "y"]).num_workers == workers
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         data.val_loader(ValSet(source, 12), 2, data.default_workers(), "cpu", 0, 1)
