@@ -198,6 +198,7 @@ def score(args: argparse.Namespace, scorer: metrics.Scorer, images: data.ValSet,
             value = rfid[name.removesuffix("_se")]
             result["intervals"][name.removesuffix("_se")] = [value - half, value + half]
         result |= rfid
+    result["nonfinite"] = sum(distributed.gather(scorer.nonfinite))
     result["seconds"] = dict(scorer.clock.seconds)
     return result, table
 
@@ -233,6 +234,9 @@ def warnings(args: argparse.Namespace, result: dict) -> list[str]:
             lines.append(f"{file['path']} is not the published file: {metric} is not comparable")
     if result["broken"]:
         lines.append(f"{result['broken']} broken images left out")
+    if result["nonfinite"]:
+        lines.append(f"{result['nonfinite']} reconstructions have NaN or infinite pixels, scored as black or "
+                     "clamped: the scores say little about this model")
     return lines
 
 

@@ -41,7 +41,8 @@ def rate_scale(p: nn.Parameter) -> float:
     Adam moves each weight by about the rate. Early in training these moves agree, so an output moves by the
     rate times its number of inputs: at 1e-4 one step changes the image of LiteVAE's default decoder by
     32 times its own size (docs/training.md). The theory of wide networks divides the rate by the number
-    of inputs (Yang et al. 2022, arXiv 2203.03466, Table 3).
+    of inputs (Yang et al. 2022, arXiv 2203.03466, Table 3). A ViT's position embedding has no inputs, but
+    counts as a matrix of its width.
     """
     # differs from the paper: it has one rate for all
     return min(1.0, FULL_RATE_INPUTS / p[0].numel()) if p.ndim > 1 else 1.0

@@ -104,8 +104,9 @@ def fixed(trainer) -> dict[str, int]:
 
 def first_step(args) -> int:
     """The number of a step in which all networks train, with R1 if there is any."""
-    every = 2 * args.r1_every
-    return -(-(args.disc_start + args.disc_warmup) // every) * every
+    every = args.r1_every if args.r1 else 1
+    updates = -(-(args.disc_start + args.disc_warmup) // turns(args)) + 1
+    return turns(args) * (-(-updates // every) * every - 1)
 
 
 def turns(args) -> int:

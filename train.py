@@ -525,7 +525,11 @@ class Trainer:
         return logged
 
     def update(self, step: int, model_moves: bool, disc_moves: bool, failed: Tensor) -> dict[str, Tensor]:
-        """Moves what is to move, unless `failed` is 1 (on the device): then all of it keeps its bits."""
+        """Moves what is to move, unless `failed` is 1 (on the device): then all of it keeps its bits.
+
+        The discriminator's buffers have moved by then: spectral norm's u and v, which stay finite, and
+        PatchGAN's running statistics, which nothing reads.
+        """
         moving = [self.opt, self.opt_muon] if model_moves else []
         for optimizer in filter(None, [*moving, self.opt_disc if disc_moves else None]):
             optimizer.found_inf = failed                  # the name that gradient scalers use

@@ -78,7 +78,11 @@ def truncate(x: Tensor) -> Tensor:
 
 
 def pairs(protocol: Protocol, images: Tensor, recon: Tensor) -> tuple[Tensor, ...]:
-    """uint8 images and recon in about [-1, 1] -> 8-bit pair, pair for PSNR and SSIM, pair for LPIPS."""
+    """uint8 images and recon in about [-1, 1] -> 8-bit pair, pair for PSNR and SSIM, pair for LPIPS.
+
+    NaN in recon is black.
+    """
+    recon = recon.nan_to_num(nan=-1.0)
     if protocol.truncate:
         normalised = (images.float() / 255 - 0.5) / 0.5     # torchvision's ToTensor and Normalize
         a, b = truncate(normalised), truncate(recon)
@@ -228,7 +232,8 @@ class Scorer:
 
     model: x (B, C, H, W) in [-1, 1] -> (recon, posterior), in eval mode, run inside `autocast`. lpips_nets:
     by name, see `load_lpips`. Every network sees batches of batch_size images: smaller batches are padded and
-    the padding is dropped, so the score of an image does not depend on how the set is split.
+    the padding is dropped, so the score of an image does not depend on how the set is split. `nonfinite`
+    counts this process's reconstructions with NaN or infinite pixels.
     """
 
     def __init__(
@@ -247,6 +252,7 @@ class Scorer:
         self.home = torch.device("cpu") if device.type == "mps" else device     # mps has no float64
         self.columns = ["psnr", "ssim", "ssim_7x7", "mse", *(f"lpips_{name}" for name in self.lpips_nets)]
         self.rows = [torch.empty(0, 1 + len(self.columns), dtype=torch.float64)]
+        self.nonfinite = 0
 
     @property
     def count(self) -> int:
@@ -263,6 +269,7 @@ class Scorer:
         images = pad(images, self.batch_size).to(self.device)
         with self.clock.stage("model"):
             recon = self.reconstruct(images, pad(numbers, self.batch_size))
+        self.nonfinite += (~recon[:count].isfinite()).flatten(1).any(dim=1).sum().item()
         a, b, x, y, *floats = pairs(self.protocol, images, recon)
         with self.clock.stage("PSNR, SSIM"):
             x, y = x[:count].to(self.home), y[:count].to(self.home)

@@ -356,6 +356,18 @@ def test_model_of_the_user(place, monkeypatch):
     assert report["psnr"] == pytest.approx(10 * np.log10(255**2 / error), abs=1e-9)
 
 
+@pytest.mark.parametrize("protocol", ["default", "taming"])
+def test_reconstructions_that_are_not_finite(place, monkeypatch, capsys, protocol):
+    """They are counted and named in a warning; NaN has the score of black."""
+    black, nan = "def black(x):\n    return x * 0 - 1\n\n", "def nan(x):\n    return x / 0 * 0\n"
+    (place / "nan.py").write_text(black + nan)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    flags = f"--data pictures --res 64 --limit 2 --protocol {protocol}"
+    report, black = score(place, f"--model nan:nan {flags}"), score(place, f"--model nan:black {flags}")
+    assert (report["nonfinite"], black["nonfinite"]) == (2, 0) and report["psnr"] == black["psnr"]
+    assert capsys.readouterr().out.count("2 reconstructions have NaN or infinite pixels") == 1
+
+
 @pytest.mark.parametrize("flags", ["--imagenet-val", "--imagenet-val pictures"])
 def test_imagenet_val(place, monkeypatch, capsys, flags):
     """Alone it means $IMAGENET/val, else the folder given: class folders at any depth."""

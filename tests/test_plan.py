@@ -285,9 +285,10 @@ def test_steps_in_time():
 
 
 def test_everything_trains_in_the_first_step():
-    """After the start and warm-up of the discriminator, even, and one with R1."""
-    args = train.parse_args("--disc-start 100 --disc-warmup 1 --r1 1 --r1-every 3".split())
-    assert plan.first_step(args) == 102
+    """After the start and warm-up of the discriminator, the first of its turn, and with R1 in that turn."""
+    flags = "--disc-start 100 --disc-warmup 1 --r1 1 --r1-every 3"
+    assert plan.first_step(train.parse_args(flags.split())) == 101         # the 102nd update
+    assert plan.first_step(train.parse_args(f"{flags} --alternate".split())) == 106      # 107 is the 54th
     assert plan.first_step(train.parse_args([])) == 0
 
 

@@ -1,4 +1,8 @@
-"""The adaptive adversarial weight of taming and LDM; LiteVAE replaces it by a constant (Table 8, Fig. 7)."""
+"""The adaptive adversarial weight of taming and LDM; LiteVAE replaces it by a constant (Table 8, Fig. 7).
+
+The ratio is that of one micro-batch over all processes, as in LDM. Unlike all other terms it is not linear in
+the batch, so that it changes a little with --micro-batch.
+"""
 
 import torch
 from torch import Tensor, nn

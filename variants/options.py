@@ -292,7 +292,8 @@ class Options:
             parts["lecam"] = self.lecam(real, fake)
             total = total + args.lecam * parts["lecam"]
             self.lecam_means.append(torch.stack(list(map(regularisers.head_means, (real, fake)))))
-        if args.r1 and step // (1 + args.alternate) % args.r1_every == 0:
+        # the last of every r1_every updates, so that steps which are logged have it too
+        if args.r1 and (step // (1 + args.alternate) + 1) % args.r1_every == 0:
             parts["r1"] = regularisers.r1_loss(disc, x)                  # the bare one, see there
             total = total + args.r1 * args.r1_every * parts["r1"]
         return total
