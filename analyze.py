@@ -34,10 +34,10 @@ PACKAGES = ("torch", "torchvision", "numpy", "pillow")
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.ArgumentParser(__doc__.split("\n")[0])
-    models.add_flags(parser)
+    models.add_flags(parser, "that of --preset")
     add = parser.add_argument
-    add("--preset", choices=tuple(PRESETS), default="litevae-b",
-        help="what to initialise if no model is named")
+    add("--preset", choices=tuple(PRESETS),
+        help="what to initialise and analyse, untrained, if no model is named (default: litevae-b)")
     add("--data", required=True, metavar="SRC", help="images, as in train.py")
     add("--res", type=cli.positive, default=64, help="side of the centre crops, pixels")
     add("--count", type=cli.positive, default=8, help="images for the table of the decoder and for pictures")
@@ -51,6 +51,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if len(models.named(args)) > 1:
         parser.error("give one of a checkpoint, --diffusers, --open-litevae and --model")
+    if args.preset and models.named(args):
+        parser.error(f"--preset {args.preset} is for an untrained model, got {models.named(args)[0]}, too")
     if args.model and not args.out:
         parser.error("--model has no decoder to look into; give --out for what its images show")
     return args
@@ -65,8 +67,10 @@ def open_model(args: argparse.Namespace) -> tuple[nn.Module, dict]:
     if models.named(args) or args.raw:
         return models.open_model(args)
     torch.manual_seed(0)
-    config = PRESETS[args.preset]
-    return build(config).eval(), {"checkpoint": f"{args.preset}, untrained", "config": asdict(config)}
+    name = args.preset or "litevae-b"
+    print(f"no model is named: analysing {name}, untrained")
+    config = PRESETS[name]
+    return build(config).eval(), {"checkpoint": f"{name}, untrained", "config": asdict(config)}
 
 
 def resolutions(args: argparse.Namespace, network: nn.Module) -> list[int]:

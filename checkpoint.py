@@ -85,8 +85,12 @@ def numbered_files(folder: Path) -> list[Path]:
 def load(path: str | Path) -> dict:
     """Load a checkpoint onto the CPU. Raises a one-line ValueError if it is missing, damaged or not ours."""
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name its checkpoint, e.g. {path}/ckpt.pt")
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}")
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path} is not a checkpoint of train.py: name the ckpt.pt that was exported")
     try:
         with zipfile.ZipFile(path) as archive:            # torch.load does not check CRCs
             if damaged := archive.testzip():

@@ -32,6 +32,7 @@ from checkpoint import SHIPPED
 from evaluation import fid, metrics, models, report
 from runtime import cli, distributed, sources, weights
 from runtime.distributed import print0
+from runtime.failures import failures
 
 DEFAULT = "default"   # --imagenet-val without a folder
 IMAGENET_VAL = 50_000
@@ -50,7 +51,7 @@ BIAS = ("for Gaussian features with a true rFID of .40, paired as here, 1,000 im
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.ArgumentParser(__doc__.split("\n")[0])
-    models.add_flags(parser)
+    models.add_flags(parser, "weights/litevae-tiny.pt")
     images = parser.add_argument_group("images").add_argument
     images("--imagenet-val", nargs="?", const=DEFAULT, metavar="PATH",
            help="ImageNet's 50,000 validation images: class folders, a flat folder, tars, or a folder that "
@@ -85,7 +86,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
            help="data loader workers per process; unless given, 4 or the number of cores if smaller")
     system("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
-    if args.ckpt is None and args.imagenet_val not in (None, DEFAULT):
+    if not models.named(args) and (args.imagenet_val or "").endswith(".pt"):
         args.ckpt, args.imagenet_val = args.imagenet_val, DEFAULT     # eval.py --imagenet-val ckpt.pt
     if not models.named(args):
         args.ckpt = str(SHIPPED)
@@ -119,6 +120,19 @@ def check_model(args: argparse.Namespace) -> None:
         raise ValueError("give --res; only checkpoints from train.py record their training resolution")
     if args.model and metrics.PROTOCOLS[args.protocol].sample:
         raise ValueError(f"--protocol {args.protocol} samples a posterior, but --model has none")
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raises ValueError for files that could not be written in the end."""
+    for flag in ("json", "per_image", "grid", "extremes", "plot"):
+        path = Path(getattr(args, flag) or "x.png")
+        what = f"--{flag.replace('_', '-')} {path}"
+        if path.is_dir():
+            raise ValueError(f"{what} is a folder: name a file")
+        if not next(parent for parent in path.absolute().parents if parent.exists()).is_dir():
+            raise ValueError(f"{what} cannot be written: a part of its path is a file")
+        if flag in ("grid", "extremes", "plot") and path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+            raise ValueError(f"{what} is no picture: its name has to end in .png or .jpg")
 
 
 def open_images(args: argparse.Namespace) -> sources.Source:
@@ -296,12 +310,14 @@ def write_summary(args: argparse.Namespace, results: list[dict]) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
+@failures("run the command again")
 def main() -> None:
     args = parse_args()
     with cli.user_errors():
         device = distributed.init(args.device)
         models.exact_fp32(device)
         check_model(args)
+        check_outputs(args)
         model, about_model = models.open_model(args)
         model = model.to(device)
         args.res = args.res or [about_model["training"]["args"]["res"]]

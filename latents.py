@@ -159,6 +159,11 @@ def stats(args: argparse.Namespace, model: Autoencoder, state: dict, device: tor
         images = open_images(args, model, state)
         loader = data.numbered_loader(images, args.batch_size, args.num_workers, device, distributed.rank(),
                                       distributed.world_size())
+        if len(images) < 2:
+            raise ValueError(f"statistics need at least 2 images, got {len(images)}")
+    if before := state.get("latents"):
+        print0(f"replacing the statistics of {before['count']:,} images of {before['data']['spec']}, "
+               f"{before['res']} px")
     with failures("the checkpoint is unchanged"):
         bar = tqdm(loader, disable=not distributed.is_main(), dynamic_ncols=True)
         sums = latent_sums(model, data.report_broken(bar, set()), device)

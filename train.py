@@ -234,10 +234,15 @@ def divide_batch(batch: int, processes: int, micro: int) -> tuple[int, int]:
     return micro, share // micro
 
 
-def pick_precision(flag: str, device: torch.device) -> str:
-    """auto is bf16 where that is fast: on CUDA since Ampere; on a CPU, rank 0 times both."""
+def pick_precision(flag: str, device: torch.device, resumed: dict | None = None) -> str:
+    """auto is bf16 where that is fast: on CUDA since Ampere; on a CPU, rank 0 times both.
+
+    A run that is resumed from a checkpoint of the same kind of device keeps the precision that it had.
+    """
     if flag != "auto":
         return flag
+    if resumed and resumed.get("device") == device.type:
+        return resumed["precision"]
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if device.type == "cpu" and distributed.from_main(bf16_pays) else "fp32"
@@ -367,10 +372,13 @@ class Trainer:
     depend on its numbers are taken on the device, and the numbers are read later (`Numbers`).
     """
 
-    def __init__(self, args: argparse.Namespace, config: LiteVAEConfig, device: torch.device) -> None:
+    def __init__(
+        self, args: argparse.Namespace, config: LiteVAEConfig, device: torch.device,
+        resumed: dict | None = None,
+    ) -> None:  # fmt: skip
         self.args, self.config, self.device = args, config, device
         self.memory_format = set_fast_math(device)
-        self.precision = pick_precision(args.precision, device)
+        self.precision = pick_precision(args.precision, device, resumed)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
         self.compiled = device.type == "cuda" if args.compile is None else args.compile
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
@@ -627,14 +635,14 @@ def main() -> None:
         out = Path(args.out)
         how, start_path = distributed.from_main(lambda: checkpoint.find_start(args, out))
         train_set, val_set = distributed.from_main(lambda: open_data(args, config))
-        trainer = Trainer(args, config, device)
-
-        # resume or initialise
         state, start = None, 0
         if how:
             state = checkpoint.load(start_path)
             checkpoint.check_config(state, config, start_path)
             print0(f"{how}: {start_path}, step {state['step']}")
+        trainer = Trainer(args, config, device, resumed=state if how == "resume" else None)
+
+        # resume or initialise
         if how == "resume":
             checkpoint.resume(state, start_path, args, trainer.nets, trainer.optimizers)
             start = state["step"]
@@ -644,7 +652,8 @@ def main() -> None:
         if start > args.steps or start == args.steps and validated:
             print0(f"done: {start_path} has {start} of --steps {args.steps}")
             return distributed.cleanup()
-        about = {"config": asdict(config), "args": vars(args)}
+        about = {"config": asdict(config), "args": vars(args),
+                 "device": device.type, "precision": trainer.precision}
         source = train_set.source
         about |= distributed.from_main(lambda: checkpoint.provenance(how, state, start_path, source))
         state = None                                      # the networks have copies

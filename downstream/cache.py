@@ -188,8 +188,11 @@ def write_shard(folder: Path, number: int, moments: Tensor, images: data.ValSet,
 
 @cache
 def open_shard(path: Path) -> np.ndarray:
-    """A shard, mapped once in each process."""
-    return np.load(path, mmap_mode="r")
+    """A shard, mapped once in each process; ValueError if it was cut short."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({error}): repeat the command of the cache") from error
 
 
 class LatentDataset(Dataset):
@@ -198,7 +201,7 @@ class LatentDataset(Dataset):
     Whether the image is mirrored and the noise of the posterior are pure functions of (seed, epoch, index).
     Call `set_epoch` before each epoch; persistent workers of a DataLoader see it, too. scaling maps z to the
     latents of a diffusion model (`LatentScaling.of(state["latents"])`). Raises ValueError if the folder is
-    not a finished cache.
+    not a finished cache, or a shard was cut short.
     """
 
     def __init__(self, folder: str | Path, seed: int = 0, scaling: LatentScaling | None = None):
@@ -211,6 +214,8 @@ class LatentDataset(Dataset):
         missing = sum(not path.exists() for number in shards for path in shard_paths(self.folder, number))
         if missing:
             raise ValueError(f"{folder} is not finished, {missing} files are missing: repeat its command")
+        for number in shards:
+            open_shard(shard_paths(self.folder, number)[0])       # a damaged one is better known now
         labels = [read_json(shard_paths(self.folder, number)[1])["labels"] for number in shards]
         self.ends = np.cumsum([len(part) for part in labels])     # broken images make some shards shorter
         self.labels = np.concatenate(labels).astype(np.int64)

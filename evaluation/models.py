@@ -15,9 +15,10 @@ from runtime import weights
 from variants import foreign
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: argparse.ArgumentParser, otherwise: str) -> None:
+    """otherwise: what is used if no model is named."""
     add = parser.add_argument
-    add("ckpt", metavar="CKPT", nargs="?", help="checkpoint from train.py")
+    add("ckpt", metavar="CKPT", nargs="?", help=f"checkpoint from train.py (default: {otherwise})")
     add("--raw", action="store_true", help="use the raw weights, not their moving average")
     add("--diffusers", metavar="PATH", help="use an AutoencoderKL instead: a folder or a .safetensors file")
     add("--open-litevae", metavar="FILE", help="use an open-LiteVAE checkpoint instead")

@@ -7,6 +7,7 @@ missing from the cache is downloaded atomically, and its hash is checked.
 """
 
 import hashlib
+import pickle
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +86,8 @@ def sha256(path: str | Path) -> str:
 
 
 def one_line(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError | EOFError | KeyError):        # what torch.load makes of text
+        return "not a file of torch.save"
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -110,6 +113,6 @@ def load_features(build: Callable[[], nn.Module], url: str, file: str | None, ti
     except Exception as error:      # torch raises almost any type on a wrong file
         raise ValueError(
             f"{need} weights and could not load {path} ({one_line(error)}): "
-            f"put {path.name} there, {advice}"
+            f"{'' if file else f'put {path.name} there, '}{advice}"
         ) from error
     return net.state_dict()

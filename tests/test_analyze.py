@@ -243,6 +243,7 @@ def test_docs_explain_every_analysis():
     ("--data synthetic --model nowhere:f --out out", "cannot import nowhere"),
     ("--data synthetic --model builtins:id --out out", "builtins:id returned int"),
     ("--data synthetic --model builtins:id", "--model has no decoder to look into; give --out"),
+    ("nowhere.pt --data synthetic --preset demo", "--preset demo is for an untrained model, got nowhere.pt"),
     ("--data synthetic --diffusers a --model b:c", "give one of a checkpoint, --diffusers"),
 ])
 def test_wrong_input(tmp_path, refused, flags, line):

@@ -76,7 +76,7 @@ def test_checkpoint_of_a_run_is_plain(parent):
     """What train.py saves loads with weights_only=True and holds plain types and tensors only."""
     state = parent.state()
     assert plain(state) and not plain({"a": [Path("x")]}) and not plain(torch.__version__)
-    about = {"step", "config", "args", "versions", "git", "data", "parent"}
+    about = {"step", "config", "args", "device", "precision", "versions", "git", "data", "parent"}
     assert set(state) == about | {"model", "ema", "disc", "lecam", "opt", "opt_muon", "opt_disc"}
     assert set(parent.state("model.pt")) == about | {"ema"}
     assert set(parent.state("best.pt")) == about | {"ema", "val_psnr"}

@@ -312,6 +312,10 @@ def test_both_orders_of_arguments():
     for words in (["c.pt", "--imagenet-val", "folder"], ["--imagenet-val", "folder", "c.pt"]):
         args = script.parse_args(words)
         assert (args.ckpt, args.imagenet_val) == ("c.pt", "folder")
+    alone = script.parse_args(["--imagenet-val", "folder"])
+    assert (alone.ckpt, alone.imagenet_val) == (str(checkpoint.SHIPPED), "folder")
+    other = script.parse_args("--diffusers vae --imagenet-val folder --res 64".split())
+    assert (other.ckpt, other.imagenet_val) == (None, "folder")
 
 
 def test_diffusers(place):
@@ -381,6 +385,10 @@ def test_imagenet_val(place, monkeypatch, capsys, flags):
 
 @pytest.mark.parametrize("flags, expected", [
     ("missing.pt --data pictures", "no checkpoint at missing.pt"),
+    ("pictures --data pictures", "pictures is a folder: name its checkpoint, e.g. pictures/ckpt.pt"),
+    ("ckpt.pt --data pictures --grid g.txt", "--grid g.txt is no picture: its name has to end in .png or"),
+    ("ckpt.pt --data pictures --json pictures", "--json pictures is a folder: name a file"),
+    ("ckpt.pt --data pictures --per-image text.pt/a.csv", "text.pt/a.csv cannot be written: a part of"),
     ("text.pt --data pictures", "text.pt is damaged or not a checkpoint"),
     ("cut.pt --data pictures", "cut.pt is damaged or not a checkpoint"),
     ("ckpt.pt --data missing", "'missing' not found; give folders"),

@@ -96,6 +96,7 @@ def test_statistics_of_a_folder(tmp_path, model, capsys):
         assert found["data"]["images"] == 7 and found["data"]["spec"] == "photos"
     said = capsys.readouterr().out
     assert f"scaling_factor  {found['scaling_factor']:.4f}\n" in said and "stored in toy/ckpt.pt" in said
+    assert said.count("replacing the statistics of 5 images of photos, 40 px\n") == 1      # the second time
     scaled = latents.find_scaling("channel", {"latents": found}).scale(torch.from_numpy(z).float())
     np.testing.assert_allclose(scaled.mean((0, 2, 3)), 0, atol=1e-5)
     np.testing.assert_allclose(scaled.std((0, 2, 3), correction=0), 1, atol=1e-5)
@@ -432,6 +433,7 @@ def inputs(tmp_path_factory) -> Path:
     ("reconstruct vq/ckpt.pt photos --out a --encode-tile 16", "--encode-tile 16 needs a Gaussian posterior"),
     ("encode vit/ckpt.pt photos --out z", "a ViT aggregator, which takes 32x32 only"),
     ("stats toy/ckpt.pt --data photos --res 20", "image size 20x20 is not divisible by 8"),
+    ("stats toy/ckpt.pt --data photos --res 40 --count 1", "statistics need at least 2 images, got 1"),
     ("stats toy/ckpt.pt --data nowhere", "'nowhere' not found"),
     ("stats foreign/ckpt.pt --data photos", "foreign/ckpt.pt does not record its resolution: give --res"),
     ("stats toy/ckpt.pt --data photos --raw --batch-size 0", "must be at least 1, got 0"),

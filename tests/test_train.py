@@ -97,6 +97,21 @@ def test_precision_auto(monkeypatch):
     assert train.pick_precision("fp32", cuda) == "fp32" and train.pick_precision("bf16", cpu) == "bf16"
 
 
+def test_resume_keeps_the_precision(train_run, monkeypatch):
+    """Which of the two is faster is measured anew at each start; a run stays what it was, bit for bit."""
+    for pays, precision in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(train, "bf16_pays", lambda pays=pays: pays)
+        train_run(f"--precision auto --steps 1 --out {precision}")
+        monkeypatch.setattr(train, "bf16_pays", lambda pays=pays: not pays)
+        resumed = train_run(f"--precision auto --steps 2 --resume --out {precision}")
+        straight = train_run(f"--precision {precision} --steps 2 --out straight-{precision}")
+        assert resumed.lines[-1] == straight.lines[-1] and resumed.state()["precision"] == precision
+    moved = {"device": "cuda", "precision": "bf16"}
+    assert train.pick_precision("auto", torch.device("cpu"), moved) == "bf16"       # measured: it pays
+    moved["device"] = "cpu"
+    assert train.pick_precision("fp32", torch.device("cpu"), moved) == "fp32"
+
+
 @pytest.mark.parametrize("slow", [torch.float32, torch.bfloat16])
 def test_bf16_is_timed(monkeypatch, slow):
     """bf16 is picked if it is the faster one, whatever the CPU says of itself."""

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -301,6 +302,15 @@ def test_scaled_samples(ready):
                                   (True, torch.stack([raw[0] - 1, (raw[1] - 2) / 2, (raw[2] - 3) / 4]))):
         scaling = LatentScaling.of(latents, per_channel)
         torch.testing.assert_close(LatentDataset(ready / "out", scaling=scaling)[2][0], expected)
+
+
+def test_cut_shard(ready, tmp_path):
+    """A shard that lost its end is named before training starts."""
+    shutil.copytree(ready / "out", tmp_path / "cut")
+    shard = tmp_path / "cut/shard-00001.npy"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="cut/shard-00001.npy is damaged .*: repeat the command"):
+        LatentDataset(tmp_path / "cut")
 
 
 def test_no_cache(ready, folder):
