@@ -73,12 +73,12 @@ class Result(NamedTuple):
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.ArgumentParser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--list", default=LIST, metavar="FILE", help="arms and claims (default: recipes/experiments.toml)")
-    add("--only", default="", metavar="NAME,NAME", help="claims to test (default: all)")
+    add("--list", metavar="FILE", help="arms and claims (default: recipes/experiments.toml)")
+    add("--only", metavar="NAME,NAME", help="claims to test (default: all)")
     add("--data", required=True, metavar="SRC", help="training images, as in train.py")
     add("--val-data", required=True, metavar="SRC", help="images that are scored")
     add("--count", type=cli.positive, default=128, help="how many of them")
-    add("--seeds", type=seeds, default=[0, 1, 2], metavar="N,N", help="2 to 10 of them (default: 0,1,2)")
+    add("--seeds", type=seeds, default=[0, 1, 2], metavar="N,N", help="2 to 10 of them")
     add("--jobs", type=cli.positive, default=1, help="runs at a time")
     add("--out", required=True, metavar="DIR", help="runs, results.json, table.md and claims.png")
     return parser.parse_args(argv)
@@ -91,7 +91,7 @@ def seeds(text: str) -> list[int]:
     return numbers
 
 
-def read_list(path: str, only: str) -> tuple[dict[str, list[str]], dict[str, Claim]]:
+def read_list(path: str, only: str | None) -> tuple[dict[str, list[str]], dict[str, Claim]]:
     """Flags of each arm by phase, with those that all share, and the claims; ValueError on a wrong list."""
     try:
         content = tomllib.loads(Path(path).read_text())
@@ -282,7 +282,7 @@ def write(out: Path, claims: dict[str, Claim], results: list[Result], scores: di
 def main() -> None:
     args = parse_args()
     with cli.user_errors():
-        arms, claims = read_list(args.list, args.only)
+        arms, claims = read_list(args.list or LIST, args.only)
         found = runs(arms, claims.values(), args)
         sources.open_source(args.data)
         held_out = data.ValSet(sources.open_source(args.val_data, held_out=True), SIDE, args.count)

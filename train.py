@@ -78,7 +78,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", metavar="SRC", help="training images (default: $IMAGENET/train or datasets/imagenet/train)")
     add("--val-data", metavar="SRC",
         help="validation images (default: the val folder next to train/, else images held out of training)")
-    add("--val-count", type=cli.positive, default=256, help="images to validate on")
+    add("--val-count", type=cli.positive, default=256,
+        help="images to validate on; without --val-data at most a quarter of --data")
     add("--res", type=cli.positive, default=128, help="side of the square training crops, pixels")
     add("--rescale", type=float, nargs=2, default=(1.0, 1.0), metavar=("LO", "HI"),
         help="short side uniform in [LO res, HI res] before the crop; open-LiteVAE: 1 2")
