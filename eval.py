@@ -115,9 +115,11 @@ def metric_names(text: str) -> list[str]:
 
 
 def check_model(args: argparse.Namespace) -> None:
-    """Raises ValueError for flags that only checkpoints from train.py support."""
+    """Raises ValueError for flags that this model or the other flags do not support."""
     if not args.ckpt and args.res is None:
         raise ValueError("give --res; only checkpoints from train.py record their training resolution")
+    if args.jackknife and "rfid" not in (args.metrics or WANTED):
+        raise ValueError("--jackknife is the interval of rFID, which --metrics leaves out")
     if args.model and metrics.PROTOCOLS[args.protocol].sample:
         raise ValueError(f"--protocol {args.protocol} samples a posterior, but --model has none")
 

@@ -134,6 +134,8 @@ def read_latents(path: Path, model: Autoencoder) -> Latents:
         raise ValueError(f"{path} must have floats of shape ({channels}, h, w) or (N, {channels}, h, w), the "
                          f"latents of this model, but has {found}")
     z = z.float().reshape(-1, *z.shape[-3:])
+    if not z.isfinite().all():
+        raise ValueError(f"{path} has latents that are NaN or infinite")
     return Latents(z, content.get("size", [f * z.shape[-2], f * z.shape[-1]]), content.get("scaling"))
 
 

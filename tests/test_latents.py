@@ -399,6 +399,7 @@ def inputs(tmp_path_factory) -> Path:
     torch.save(torch.randn(4, 2, 2), folder / "four.pt")
     torch.save(torch.ones(3, 2, 2, dtype=torch.int64), folder / "whole.pt")
     torch.save(torch.ones(3, 2, 2), folder / "good.pt")
+    torch.save(torch.full((3, 2, 2), torch.nan), folder / "nan.pt")
     model = toy(folder / "toy")
     toy(folder / "vq", codebook_size=4)
     toy(folder / "vit", aggregator="vit", resolution=32)
@@ -424,6 +425,7 @@ def inputs(tmp_path_factory) -> Path:
     ("decode toy/ckpt.pt toy/ckpt.pt --out a.png", "toy/ckpt.pt must have floats of shape (3, h, w)"),
     ("decode toy/ckpt.pt four.pt --out a.png", "but has torch.float32 (4, 2, 2)"),
     ("decode toy/ckpt.pt whole.pt --out a.png", "but has torch.int64 (3, 2, 2)"),
+    ("decode toy/ckpt.pt nan.pt --out a.png", "nan.pt has latents that are NaN or infinite"),
     ("decode toy/ckpt.pt photos --out a", "no .pt files in photos"),
     ("decode toy/ckpt.pt good.pt --out a.jpg", "--out a.jpg must end in .png"),
     ("decode toy/ckpt.pt good.pt --tile 20 --out a.png", "--tile 20 is not a multiple of 8"),
