@@ -409,7 +409,7 @@ def test_imagenet_val(place, monkeypatch, capsys, flags):
     ("--model nowhere:f --data pictures --res 64", "cannot import nowhere: no such module"),
     ("--model builtins:id --data pictures --res 64", "builtins:id"),
     ("--model os:getcwd --data pictures --res 64 --protocol lavinal712", "--model has none"),
-    ("ckpt.pt --data pictures --jackknife", "--jackknife is the interval of rFID, which --metrics leaves out"),
+    ("ckpt.pt --data pictures --jackknife", "--jackknife is the interval of rFID, which --metrics leaves"),
     ("ckpt.pt --diffusers empty --data pictures", "give one of a checkpoint, --diffusers"),
 ])
 def test_user_errors(place, refused, flags, expected):
