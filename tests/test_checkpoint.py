@@ -49,7 +49,7 @@ def test_shipped_model(capsys):
     assert checkpoint.SHIPPED.stat().st_size <= 4 * 2**20
     assert all(tensor.dtype == torch.float16 for tensor in state["ema"].values()) and "model" not in state
     recipe = train.parse_args([f"@{checkpoint.SHIPPED.parents[1]}/recipes/litevae-tiny.args"])
-    assert state["step"] == recipe.steps and asdict(options.build_config(recipe)) == state["config"]
+    assert state["step"] == recipe.steps and options.build_config(recipe) == model.config
     held_out = data.ValSet(sources.open_source("synthetic", held_out=True), 128, 4)
     images = torch.stack([held_out[i][0] for i in range(4)])
     with torch.no_grad():
@@ -215,8 +215,9 @@ def test_damaged_file(tmp_path):
         with pytest.raises(ValueError) as error:
             checkpoint.load(bad)
         assert str(bad) in str(error.value) and "\n" not in str(error.value)
-    for path in (tmp_path, tmp_path / "nothing.pt"):
-        with pytest.raises(ValueError, match=f"^no checkpoint at {path}$"):
+    for path, words in ((tmp_path, f"{tmp_path} is a folder: name its checkpoint, e.g. {tmp_path}/ckpt.pt"),
+                        (tmp_path / "nothing.pt", f"no checkpoint at {tmp_path}/nothing.pt")):
+        with pytest.raises(ValueError, match=f"^{words}$"):
             checkpoint.load(path)
 
 

@@ -134,7 +134,7 @@ def test_only_the_statistics_change(parent, tmp_path, name):
 
 def test_full_disk_leaves_the_checkpoint(tmp_path, model):
     """No room for the new file: one line, exit code 1, and the old file is as it was."""
-    write_images(tmp_path / "photos", ["0.png"], side=32)
+    write_images(tmp_path / "photos", ["0.png", "1.png"], side=32)
     before = (tmp_path / "toy/ckpt.pt").read_bytes()
     code, said = forked(tmp_path, STATS, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999)))
     assert code == 1 and "Traceback" not in said
