@@ -188,11 +188,16 @@ def write_shard(folder: Path, number: int, moments: Tensor, images: data.ValSet,
 
 @cache
 def open_shard(path: Path) -> np.ndarray:
-    """A shard, mapped once in each process; ValueError if it was cut short."""
+    """A shard, mapped once in each process; ValueError if it was cut short.
+
+    NumPy's own map keeps its file open, and ImageNet's 1,252 shards are more than the usual limit of 1,024.
+    """
     try:
-        return np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+        header = np.load(path, mmap_mode="r")
+        whole = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    except (OSError, ValueError, EOFError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged ({error}): repeat the command of the cache") from error
+    return whole.numpy()[header.offset :].view(header.dtype).reshape(header.shape)
 
 
 class LatentDataset(Dataset):

@@ -75,7 +75,7 @@ def histograms(result: dict) -> Figure:
     rows, columns = grid(len(density))
     title = "Histograms of the sampled latents"
     figure, axes = new(rows, columns, 2.4, 1.9, title, sharex=True)
-    for i, (axis, values) in enumerate(zip(axes.flat, density, strict=False)):
+    for i, (axis, values) in enumerate(zip(axes.flat[: len(density)], density, strict=True)):
         axis.stairs(values, edges, fill=True, color=BLUE, alpha=0.6, label="latents")
         mean = (values * centres).sum() * width
         std = max(math.sqrt((values * (centres - mean) ** 2).sum() * width), width)
@@ -168,7 +168,7 @@ def pca(result: dict) -> Figure:
     shares = ", ".join(f"{share:.0%}" for share in explained)
     title = f"Latents as colours: components 1 to {len(explained)}, {shares} of the variance"
     figure, axes = new(2, max(len(pairs), 4), 1.6, 1.6, title)
-    for column, (image, picture) in zip(axes.T, pairs, strict=False):
+    for column, (image, picture) in zip(axes.T[: len(pairs)], pairs, strict=True):
         column[0].imshow(array(image.expand(3, -1, -1).permute(1, 2, 0)))
         column[1].imshow(array(picture.permute(1, 2, 0)), interpolation="nearest")
     for axis in axes.flat:
@@ -236,7 +236,8 @@ def layers(result: dict) -> Figure:
         (right, {"step": "one rate for all layers", "scaled": "--lr-scaling fan-in"},
          "change of the image by Adam's first step"),
     ):
-        for (column, text), colour in zip(columns.items(), (BLUE, ORANGE, PURPLE, GREEN), strict=False):
+        colours = (BLUE, ORANGE, PURPLE, GREEN)[: len(columns)]
+        for (column, text), colour in zip(columns.items(), colours, strict=True):
             values = np.array(result[column], dtype=float)            # a layer without a branch has None
             axis.semilogy(names, values, color=colour, marker=".", label=text)
         axis.tick_params("x", rotation=90)
@@ -253,7 +254,8 @@ def norms(result: dict) -> Figure:
     rows, columns = grid(len(maps))
     title = "Feature norms of the decoder, each from 0 (black) to its maximum (white)"
     figure, axes = new(rows, columns, 1.8, 2, title)
-    for axis, picture, name, peak in zip(axes.flat, maps, result["layer"], result["peak"], strict=False):
+    shown = zip(axes.flat[: len(maps)], maps, result["layer"], result["peak"], strict=True)
+    for axis, picture, name, peak in shown:
         axis.imshow(array(picture), cmap="gray", vmin=0)
         axis.set_title(f"{name}\nmaximum / median {peak:.1f}", fontsize="small")
     hide(axes, 0)

@@ -51,8 +51,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--conv1x1", action=switch, default=False, help="1x1 convs around the latent, paper Table 17")
     add("--codebook-size", type=cli.natural, default=0, help="entries of VQ-GAN's codebook, 0: Gaussian")
     add("--codebook-update", choices=("gradient", "ema"), default="gradient", help="how it learns")
-    add("--initialisation", choices=("isometry", "torch"), default="isometry",
-        help="starting values: ours (Autoencoder.init_weights), or torch's defaults")
+    add("--initialisation", choices=("isometry", "torch"), default="isometry", help="ours, or torch's own")
 
     add = parser.add_argument_group("other adversarial training (variants/)").add_argument
     add("--adaptive-weight", action=switch, default=False,

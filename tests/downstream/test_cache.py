@@ -193,7 +193,8 @@ def test_moments(ready, folder, dtype, error):
     model, _ = checkpoint.load_model(folder / "toy/ckpt.pt")
     images = data.ValSet(open_source(str(folder / "photos")), 32, 6)
     cached = LatentDataset(folder / "out")
-    assert len(cached) == 6 and isinstance(cache.open_shard(folder / "out/shard-00001.npy"), np.memmap)
+    shard = cache.open_shard(folder / "out/shard-00001.npy")
+    assert len(cached) == 6 and np.array_equal(shard, np.load(folder / "out/shard-00001.npy"))
     for i in range(6):
         x = data.to_float(images[i][0])[None]
         for mirrored in (False, True):
@@ -302,6 +303,14 @@ def test_scaled_samples(ready):
                                   (True, torch.stack([raw[0] - 1, (raw[1] - 2) / 2, (raw[2] - 3) / 4]))):
         scaling = LatentScaling.of(latents, per_channel)
         torch.testing.assert_close(LatentDataset(ready / "out", scaling=scaling)[2][0], expected)
+
+
+def test_shards_leave_no_file_open(ready, tmp_path):
+    """A cache may have more shards than a process may have open files."""
+    shutil.copytree(ready / "out", tmp_path / "new")                # paths that no other test has mapped
+    dataset = LatentDataset(tmp_path / "new")
+    assert all(dataset[i][0].isfinite().all() for i in range(len(dataset)))
+    assert not any(path.resolve().suffix == ".npy" for path in Path("/proc/self/fd").iterdir())
 
 
 def test_cut_shard(ready, tmp_path):
