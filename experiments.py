@@ -236,18 +236,28 @@ def compare(first: Sequence[float], second: Sequence[float]) -> Result:
     return Result(fmean(first), fmean(second), mean, mean - half, mean + half, verdict)
 
 
-def table(claims: Iterable[Claim], results: list[Result]) -> str:
-    """Markdown, one row for each claim."""
-    lines = ["| claim | source | metric | first | second | difference | the source's | verdict |",
-             "|---|---|---|---|---|---|---|---|"]
-    for claim, result in zip(claims, results, strict=True):
+def compare_all(claims: Iterable[Claim], scores: dict[str, list[dict]], metric: str = "") -> list[Result]:
+    """A result for each claim, in `metric` or its own."""
+    return [compare(*([values[metric or claim.metric] for values in scores[arm]]
+                      for arm in (claim.first, claim.second))) for claim in claims]
+
+
+def table(claims: Iterable[Claim], results: list[Result], ssim: list[Result]) -> str:
+    """Markdown, one row for each claim; the verdict is that of `results`."""
+    lines = ["| claim | source | metric | first | second | difference | in SSIM | the source's | verdict |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for claim, result, other in zip(claims, results, ssim, strict=True):
         title, digits = METRICS[claim.metric]
         first, second = (f"{value:.{digits}f}" for value in result[:2])
-        difference, low, high = (f"{value:+.{digits}f}" for value in result[2:5])
-        cells = (claim.text, claim.source, title, first, second, f"{difference} ({low} to {high})",
-                 claim.paper, result.verdict)
+        cells = (claim.text, claim.source, title, first, second, interval(result, digits),
+                 interval(other, 3), claim.paper, result.verdict)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def interval(result: Result, digits: int) -> str:
+    difference, low, high = (f"{value:+.{digits}f}" for value in result[2:5])
+    return f"{difference} ({low} to {high})"
 
 
 def draw(claims: Iterable[Claim], results: list[Result]) -> plots.Figure:
@@ -265,13 +275,13 @@ def draw(claims: Iterable[Claim], results: list[Result]) -> plots.Figure:
     return figure
 
 
-def write(out: Path, claims: dict[str, Claim], results: list[Result], scores: dict) -> None:
+def write(out: Path, claims: dict[str, Claim], results: list[Result], text: str, scores: dict) -> None:
     report = {name: claim._asdict() | result._asdict()
               for (name, claim), result in zip(claims.items(), results, strict=True)}
     with files.whole(out / "results.json") as file:
         file.write(f"{json.dumps({'claims': report, 'scores': scores}, indent=2)}\n".encode())
     with files.whole(out / "table.md") as file:
-        file.write(f"{table(claims.values(), results)}\n".encode())
+        file.write(f"{text}\n".encode())
     if plots.available():
         with files.whole(out / "claims.png") as file:
             draw(claims.values(), results).savefig(file, format="png")
@@ -290,10 +300,10 @@ def main() -> None:
         Path(args.out).mkdir(parents=True, exist_ok=True)
     with failures("repeat the command to go on"):
         scores = score_all(found, args.jobs, images)
-        results = [compare(*([values[claim.metric] for values in scores[arm]]
-                             for arm in (claim.first, claim.second))) for claim in claims.values()]
-        write(Path(args.out), claims, results, scores)
-    print(table(claims.values(), results))
+        results = compare_all(claims.values(), scores)
+        text = table(claims.values(), results, compare_all(claims.values(), scores, "ssim"))
+        write(Path(args.out), claims, results, text, scores)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -148,6 +148,8 @@ def test_what_is_run(folder, commands, capsys):
     assert {name: claim[name] for name in expected._fields} == expected._asdict()
     table = (folder / "out/table.md").read_text()
     assert table == capsys.readouterr().out[-len(table):] and "two phases against one" in table
+    ssim = compare([row["ssim"] for row in scores["two"]], [row["ssim"] for row in scores["base"]])
+    assert f"| {ssim.difference:+.3f} ({ssim.low:+.3f} to {ssim.high:+.3f}) | - |" in table
     assert (folder / "out/claims.png").stat().st_size > 1000
 
     call("experiments", folder, FLAGS)
