@@ -248,9 +248,18 @@ def resume(state: dict, path: Path, args: argparse.Namespace, nets: dict, optimi
             load_weights(net, weights, path)
     for name, optimizer in optimizers.items():
         if optimizer:
-            optimizer.load_state_dict(state[name])
+            load_optimizer(optimizer, state[name], path)
             for p, slot in optimizer.state.items():       # fused Adam wants the strides of the parameter
                 slot |= {key: torch.empty_like(p).copy_(t) for key, t in slot.items() if t.shape == p.shape}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: Path) -> None:
+    """load_state_dict; ValueError with the way out if the parameters are grouped in another way."""
+    try:
+        optimizer.load_state_dict(saved)
+    except ValueError as e:                               # --lr-scaling groups them by its factors
+        raise ValueError(f"{path} has other groups of parameters ({e}). It was written by another version: "
+                         "resume with that version, or start a new phase with --init") from None
 
 
 def check_batch(saved: dict, path: Path, args: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ from runtime import distributed
 # ----------------------------------------------------------------------------
 # Adam
 
-FULL_RATE_INPUTS = 72   # ours: a 3x3 convolution of 8 channels; with 288 a step was still too long
+FULL_RATE_INPUTS = 144  # ours: a 3x3 convolution of 16 channels; with 216 the start is unsteady
 
 
 def adam(params: list[nn.Parameter], scaling: str = "none") -> torch.optim.Adam:
@@ -36,7 +36,7 @@ def adam(params: list[nn.Parameter], scaling: str = "none") -> torch.optim.Adam:
 
 
 def rate_scale(p: nn.Parameter) -> float:
-    """min(1, 72 / inputs of an output): 1 for vectors and up to 8 channels, 1/64 for a 3x3 conv of 512.
+    """min(1, 144 / inputs of an output): 1 for vectors and up to 16 channels, 1/32 for a 3x3 conv of 512.
 
     Adam moves each weight by about the rate. Early in training these moves agree, so an output moves by the
     rate times its number of inputs: at 1e-4 one step changes the image of LiteVAE's default decoder by

@@ -120,7 +120,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="of the autoencoder; muon: for inner convolutions and linear layers, Adam for the rest")
     add("--lr", type=cli.amount, default=1e-4, help="Adam with betas (0.5, 0.9), and Muon")
     add("--lr-scaling", choices=("fan-in", "none"),
-        help="Adam's rate of the autoencoder: --lr x min(1, 72 / inputs per output), or --lr for all "
+        help="Adam's rate of the autoencoder: --lr x min(1, 144 / inputs per output), or --lr for all "
              "(default: fan-in with --decoder-norm smc, else none)")
     add("--disc-lr", type=cli.amount, default=1e-4,
         help="Adam's rate of the discriminator, one for all layers")

@@ -295,11 +295,11 @@ def test_lr_scaling(train_run, watch, flags, scaled):
     watch.look = lambda optimizer: rates.update(
         (tuple(p.shape), group["lr"]) for group in optimizer.param_groups for p in group["params"])
     train_run(f"--lr 1e-3 --steps 1 {flags}")
-    wide = {shape: rate for shape, rate in rates.items() if len(shape) > 1 and math.prod(shape[1:]) > 72}
+    wide = {shape: rate for shape, rate in rates.items() if len(shape) > 1 and math.prod(shape[1:]) > 144}
     assert len(wide) > 2 and len(rates) > 2 * len(wide)
     for shape, rate in rates.items():
         inputs = math.prod(shape[1:]) if scaled and len(shape) > 1 else 0
-        assert rate == pytest.approx(1e-3 * 72 / max(72, inputs))
+        assert rate == pytest.approx(1e-3 * 144 / max(144, inputs))
 
 
 def test_older_runs_go_on_as_they_began(train_run, base, tmp_path, refused, capsys):
@@ -314,6 +314,18 @@ def test_older_runs_go_on_as_they_began(train_run, base, tmp_path, refused, caps
     line = refused("train", f"--data synthetic {SMALL} --steps 3 --resume")
     assert "was trained with lr_scaling=none, the flags ask for fan-in" in line
     assert train_run("--lr-scaling none --steps 3 --resume").steps[-1]["step"] == 3
+
+
+def test_another_factor_of_lr_scaling(train_run, refused, capsys):
+    """A checkpoint whose optimizer has other groups of parameters is refused with the way out."""
+    run = train_run("--steps 2")
+    state = torch.load(run.folder / "ckpt.pt", weights_only=True)
+    first, second, *others = state["opt"]["param_groups"]
+    state["opt"]["param_groups"] = [first | {"params": first["params"] + second["params"]}, *others]
+    torch.save(state, run.folder / "ckpt.pt")
+    capsys.readouterr()
+    line = refused("train", f"--data synthetic {SMALL} --steps 3 --resume")
+    assert "has other groups of parameters" in line and "start a new phase with --init" in line
 
 
 def test_another_batch_size(train_run, refused, capsys):
