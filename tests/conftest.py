@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -41,8 +42,13 @@ SMALL_DISCS = {
 
 
 def call(script: str, folder: Path, flags: str) -> None:
-    """main() of train.py or eval.py in `folder`, on one thread: a busy machine then costs little."""
+    """main() of train.py or eval.py in `folder`, on one thread: a busy machine then costs little.
+
+    train.py keeps its signal handlers until its process ends. This process goes on, and a child that it forks
+    would survive SIGTERM with them.
+    """
     threads = torch.get_num_threads()
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     torch.set_num_threads(1)
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -51,6 +57,8 @@ def call(script: str, folder: Path, flags: str) -> None:
             importlib.import_module(script).main()
     finally:
         torch.set_num_threads(threads)
+        for n, handler in handlers.items():
+            signal.signal(n, handler)
 
 
 class Run:

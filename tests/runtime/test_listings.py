@@ -7,6 +7,7 @@ import shutil
 import tarfile
 import time
 import zipfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -323,6 +324,6 @@ def open_and_delete(path: str) -> bool:
 
 def test_several_processes_at_once(cache, tree):
     """Three processes that write, read and delete one listing always see a whole one."""
-    with multiprocessing.get_context("fork").Pool(3) as pool:
+    with ProcessPoolExecutor(3, multiprocessing.get_context("fork")) as pool:
         assert all(pool.map(open_and_delete, [str(tree)] * 3))
     assert not list(cache.glob("*.tmp"))
