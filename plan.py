@@ -82,7 +82,7 @@ def trained(trainer, *names: str) -> int:
 def fixed(trainer) -> dict[str, int]:
     """Bytes that do not depend on the micro-batch, by kind; everything is fp32, 4 bytes a number.
 
-    Adam keeps two numbers for each that it trains, Muon one. DDP keeps a second copy of the gradients.
+    Adam keeps two numbers for each that it trains, Muon one.
     """
     adam, muon = trained(trainer, "opt", "opt_disc"), trained(trainer, "opt_muon")
     nets = [net for name, net in trainer.nets.items() if name != "ema"]
@@ -93,9 +93,13 @@ def fixed(trainer) -> dict[str, int]:
         "Muon": 4 * muon,
         "average": nbytes(tensors_of(trainer.ema)),
         "loss networks": nbytes(tensors_of(*loss_networks(trainer))),
-        "DDP": 4 * (adam + muon) if distributed.world_size() > 1 else 0,
     }
     return {kind: size for kind, size in kinds.items() if size}
+
+
+def buckets(trainer) -> int:
+    """Bytes in which DDP keeps the gradients, between steps too; 0 without DDP."""
+    return fixed(trainer)["gradients"] if distributed.world_size() > 1 else 0
 
 
 # ----------------------------------------------------------------------------
@@ -126,7 +130,7 @@ def random_batches(trainer, images: int) -> Iterator[tuple[Tensor, Tensor]]:
 def watched(trainer, batches: Iterator[tuple[Tensor, Tensor]]) -> Tally:
     """Takes one step, or one of each kind, under a Tally."""
     start = first_step(trainer.args)
-    with Tally(trainer.device, held(trainer)) as tally:
+    with Tally(trainer.device) as tally:
         for step in range(start, start + turns(trainer.args)):
             trainer.step(step, batches, stop=False)
     return tally
@@ -190,7 +194,7 @@ def predict(trainer, recompute: bool) -> Prediction:
     """The prediction with or without gradient checkpointing; the states of the optimizers must exist."""
     with recomputed(trainer.model) if recompute else nullcontext():
         two, three = small_step(trainer, 2), small_step(trainer, 3)
-    base = nbytes(held(trainer)) + fixed(trainer).get("DDP", 0)
+    base = nbytes(held(trainer)) + buckets(trainer)
     # in the discriminator's half, the autoencoder's gradients are always there
     gradients = 4 * max(trained(trainer, "opt", "opt_muon"), trained(trainer, "opt_disc"))
     pair = 2 * 4 * trainer.args.in_channels * trainer.args.res**2
@@ -238,7 +242,7 @@ def measure(trainer, micro: int, accumulate: int) -> Measurement:
     steps, peak = STEPS, 0
     if not cuda:
         began = time.perf_counter()
-        peak = watched(trainer, batches).peak + nbytes(held(trainer))
+        peak = watched(trainer, batches).peak + nbytes(held(trainer)) + buckets(trainer)
         steps = steps_in_time((time.perf_counter() - began) / turns(trainer.args), turns(trainer.args))
     if cuda or trainer.compiled:
         take_steps(trainer, batches, WARM_UP * turns(trainer.args))

@@ -423,6 +423,10 @@ class Trainer:
         self.judge = self.disc if twice else fast_disc
         self.compare = torch.compile(self.compare) if self.compiled and not twice else self.compare
 
+    def close(self) -> None:
+        """Drop DDP, which holds the process group: `distributed.cleanup` can then end the group's threads."""
+        self.ddp_model = self.ddp_disc = None
+
     def states(self) -> dict:
         """What a checkpoint holds of the networks and optimizers."""
         return states(self.nets | self.optimizers)
@@ -630,6 +634,7 @@ def main() -> None:
         trainer = Trainer(args, config, device) if args.plan else None
     if args.plan:
         plan.show(trainer, micro_batch, accumulate)
+        trainer.close()
         return distributed.cleanup()
 
     with cli.user_errors():
@@ -724,6 +729,7 @@ def main() -> None:
         if progress.skipped >= MAX_SKIPPED:
             break
 
+    trainer.close()
     finish(progress, broken, step, out)
 
 

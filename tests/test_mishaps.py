@@ -159,8 +159,9 @@ def test_killed_at_20_random_moments(straight, tmp_path):
         kills += finish(pid) == -signal.SIGKILL
         if (tmp_path / "run/ckpt.pt").exists():
             if checkpoint.load(tmp_path / "run/ckpt.pt")["step"] == 12:
+                assert run(tmp_path, f"{FLAGS} --resume") == 0    # it may have died before the last score
                 assert_same(straight, tmp_path)
-                shutil.rmtree(tmp_path / "run")           # another round
+                shutil.rmtree(tmp_path / "run")                # another round
     assert run(tmp_path, f"{FLAGS} --resume") == 0
     assert_same(straight, tmp_path)
 
@@ -331,6 +332,26 @@ def test_stop_signal_under_torchrun(tmp_path, number, options):
     assert resumed.returncode == 0, resumed.stderr
     for name in PARTS:
         assert equal(Run(tmp_path / "whole").state()[name], Run(tmp_path / "run").state()[name]), name
+
+
+THREADS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import train
+train.main()
+threads = Path("/proc/self/task").glob("*/comm")
+assert not [name for name in (path.read_text() for path in threads) if "gloo" in name]
+"""
+
+
+@pytest.mark.parametrize("flags", ["", "--plan"])
+def test_no_thread_outlives_a_run(tmp_path, flags):
+    """Nor plan: a thread of the process group that then wants the GIL aborts a process that is done."""
+    (tmp_path / "threads.py").write_text(THREADS.format(root=str(ROOT)))
+    process = launch(tmp_path, f"{tmp_path}/threads.py {FLAGS} --steps 2 --batch-size 2 {flags}", *TWO)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
 
 
 # ---- numbers that are not finite ---------------------------------------------------------------------------

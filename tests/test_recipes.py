@@ -385,8 +385,10 @@ def plan(args) -> list:
 def trace(place: Path, words: list[str], files: str, lpips: bool) -> tuple:
     """Two small steps: log lines, each term times its weight in fp64, and the sum of all weights after."""
     shutil.rmtree(place / "trace", ignore_errors=True)
-    run = small_run(place, words, "--steps 2 --out trace", files, lpips)
-    args, state = train.parse_args(words), run.state()
+    args = train.parse_args(words)
+    every = "--r1-every 1" if args.r1 else ""               # else no penalty within two steps
+    run = small_run(place, words, f"--steps 2 --out trace {every}", files, lpips)
+    state = run.state()
     products = [sum(weighted(line | {"disc_weight": args.disc_weight}, args)) for line in run.steps]
     lines = [{key: value for key, value in line.items() if key != "lr"} for line in run.lines]
     weights = [sum(float(w.double().sum()) for w in state[name].values()) if state[name] else None
