@@ -44,7 +44,7 @@ from runtime.sources import (
 MAX_TRIES = 100            # training ends after this many broken files in a row
 ORDER, CROP, NOISE = 1, 2, 3     # tags that keep the random streams of one seed apart
 # ours: training decodes a JPEG at 1/2, 1/4 or 1/8 if its short side keeps this many times the side before the
-# crop. Against full decoding, crops then have a PSNR of 46 dB and more (docs/running.md)
+# crop. Against full decoding, crops then have a mean PSNR of 46 dB and more (docs/running.md)
 OVERSAMPLING = 2.0
 
 

@@ -56,7 +56,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     images("--imagenet-val", nargs="?", const=DEFAULT, metavar="PATH",
            help="ImageNet's 50,000 validation images: class folders, a flat folder, tars, or a folder that "
                 "contains one of these (default: below $IMAGENET, datasets/imagenet or LDM's cache)")
-    images("--data", metavar="SRC", help="other images: folders, .tar, .zip, globs, separated by commas")
+    images("--data", metavar="SRC",
+           help="other images: folders, .tar, .zip, globs, {0000..0252} ranges, joined by commas; or "
+                "'synthetic'")
     images("--res", type=cli.resolutions, metavar="N[,N]",
            help="side of the square images, pixels; several values give a curve (default: the checkpoint's)")
     images("--limit", type=cli.positive, help="score this many images, spread over the set (default: all)")

@@ -1,6 +1,6 @@
 """Train a LiteVAE, or a system from variants/: flags, set-up, and one loop.
 
-    torchrun --nproc_per_node=8 train.py --scale B --res 128      # ImageNet on 8 GPUs, the paper's recipe
+    torchrun --nproc_per_node=8 train.py --scale B --res 128      # ImageNet on 8 GPUs, our defaults
     python train.py @recipes/demo.args                            # minutes on a CPU, generated images
 
 Each step updates both networks: the autoencoder on reconstruction, KL and adversarial terms with constant
@@ -84,15 +84,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rescale", type=float, nargs=2, default=(1.0, 1.0), metavar=("LO", "HI"),
         help="short side uniform in [LO res, HI res] before the crop; open-LiteVAE: 1 2")
     add("--jpeg-oversampling", type=cli.amount, default=data.OVERSAMPLING,
-        help="decode training JPEGs at 1/2, 1/4 or 1/8 if the short side keeps X times that before the crop; "
-             "0: always in full")
+        help="decode training JPEGs at 1/2, 1/4 or 1/8 if the short side keeps X times its length before the "
+             "crop; 0: always in full")
     add("--num-workers", type=cli.natural, default=data.default_workers(),
-        help="loader processes of each training process; unless given, 4 or the number of cores if smaller")
+        help="loader processes of each training process; 4, or fewer on fewer cores")
     add("--listing-cache", action=switch, default=True,
         help="keep long listings of files in ~/.cache/litevae and use them while nothing has changed")
 
     add = parser.add_argument_group("model").add_argument
-    add("--scale", choices=tuple(SCALES), default="B", help="of encoders with wavelets, paper Table 2")
+    add("--scale", choices=tuple(SCALES), default="B", help="size of the wavelet encoder, paper Table 2")
     add("--wavelet", choices=tuple(FILTERS), default="haar", help="of the encoder and of wavelet output")
     add("--latent-channels", type=cli.positive, default=12, help="n_z")
     add("--levels", type=int, choices=(2, 3, 4), default=3, help="the latent is 4, 8 or 16 times smaller")
@@ -118,7 +118,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="the backward pass of the autoencoder recomputes its blocks: less memory, a slower step")
     add("--optimizer", choices=("adam", "muon"), default="adam",
         help="of the autoencoder; muon: for inner convolutions and linear layers, Adam for the rest")
-    add("--lr", type=cli.amount, default=1e-4, help="Adam with betas (0.5, 0.9), and Muon")
+    add("--lr", type=cli.amount, default=1e-4, help="of the autoencoder; Adam has betas (0.5, 0.9)")
     add("--lr-scaling", choices=("fan-in", "none"),
         help="Adam's rate of the autoencoder: --lr x min(1, 144 / inputs per output), or --lr for all "
              "(default: fan-in with --decoder-norm smc, else none)")
@@ -207,6 +207,7 @@ def check_idle_flags(args: argparse.Namespace) -> None:
 
 def lr_factor(step: int, warmup: int, schedule: str, steps: int) -> float:
     """The learning rate of a step relative to --lr: linear warm-up, then constant or half a cosine to 0."""
+    # differs from the paper: it has no warm-up
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if schedule == "constant":
@@ -216,6 +217,7 @@ def lr_factor(step: int, warmup: int, schedule: str, steps: int) -> float:
 
 def ema_decay(step: int, decay: float) -> float:
     """The EMA decay of a step: small at first, so that the average forgets the random start."""
+    # differs from the paper: it does not mention an average
     return min(decay, (1 + step) / (10 + step))
 
 
