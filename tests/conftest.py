@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -59,6 +60,32 @@ def call(script: str, folder: Path, flags: str) -> None:
         torch.set_num_threads(threads)
         for n, handler in handlers.items():
             signal.signal(n, handler)
+
+
+def fork(script: str, folder: Path, flags: str, prepare: Callable[[], None]) -> int:
+    """`call` in a forked child, after prepare(), its output appended to output.txt; the child's pid."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 99
+    try:
+        with open(folder / "output.txt", "a", buffering=1) as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            sys.stdout = sys.stderr = file
+            prepare()
+            call(script, folder, flags)
+            code = 0
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        os._exit(code)
+
+
+def finish(pid: int) -> int:
+    """Wait for a child: its exit code, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 class Run:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, Run, call, equal, torchrun, write_images
+from conftest import ROOT, SMALL, Run, equal, finish, fork, torchrun, write_images
 from PIL import Image
 
 import checkpoint
@@ -35,29 +35,7 @@ PARTS = ("step", "model", "ema", "disc", "opt", "opt_disc")
 
 
 def start(folder: Path, flags: str, prepare: Callable[[], None] = lambda: None) -> int:
-    """Fork a training in `folder`, after prepare(), with its output appended to output.txt; its pid."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 99
-    try:
-        with open(folder / "output.txt", "a", buffering=1) as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-            sys.stdout = sys.stderr = file
-            prepare()
-            call("train", folder, flags)
-            code = 0
-    except SystemExit as stop:
-        code = stop.code
-    finally:
-        os._exit(code)
-
-
-def finish(pid: int) -> int:
-    """Wait for a run: its exit code, or minus the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return fork("train", folder, flags, prepare)
 
 
 def run(folder: Path, flags: str, prepare: Callable[[], None] = lambda: None) -> int:

@@ -5,14 +5,13 @@ import os
 import resource
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import call, torchrun, toy, write_images
+from conftest import call, finish, fork, torchrun, toy, write_images
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -52,22 +51,8 @@ def folder(ready, tmp_path) -> Path:
 
 def forked(folder: Path, flags: str, prepare: Callable[[], None]) -> tuple[int, str]:
     """Run latents.py in a child after prepare(): exit code or minus the signal that killed it, and output."""
-    pid = os.fork()
-    if not pid:
-        code = 99
-        try:
-            with open(folder / "output.txt", "w", buffering=1) as file:
-                os.dup2(file.fileno(), 1)
-                os.dup2(file.fileno(), 2)
-                sys.stdout = sys.stderr = file
-                prepare()
-                call("latents", folder, flags)
-                code = 0
-        except SystemExit as stop:
-            code = stop.code
-        finally:
-            os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    (folder / "output.txt").unlink(missing_ok=True)
+    code = finish(fork("latents", folder, flags, prepare))
     return code, (folder / "output.txt").read_text()
 
 
