@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # first imported after init, its default arguments would hold the group
 from torch import Tensor
 from tqdm import tqdm
 
@@ -42,6 +43,10 @@ def init(device: str = "auto") -> torch.device:
 
 
 def cleanup() -> None:
+    """Leave the process group. Its threads end with it, unless something holds it, such as DDP.
+
+    A thread that outlives the interpreter aborts the process (SIGABRT) if it still has tensors to release.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
 

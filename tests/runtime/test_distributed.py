@@ -40,8 +40,11 @@ def worker(rank: int, port: int, folder: Path) -> None:
         os_error=caught(lambda: distributed.from_main(lambda: refuse(FileNotFoundError("no file x")))),
         other_error=caught(lambda: distributed.from_main(lambda: refuse(KeyError("k")))),
     )
+    torch.optim.Adam([kept])                              # the first one imports parts of torch.distributed
     distributed.cleanup()
-    torch.save(result | dict(size_after=distributed.world_size()), folder / f"{rank}.pt")
+    threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    result |= dict(size_after=distributed.world_size(), left=[name for name in threads if "gloo" in name])
+    torch.save(result, folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,10 @@ def test_two_processes_know_who_they_are(both):
     assert [r["rank"] for r in both] == [0, 1]
     assert [r["main"] for r in both] == [True, False]
     assert all(r["size"] == 2 and r["device"] == "cpu" and r["size_after"] == 1 for r in both)
+
+
+def test_no_thread_of_the_group_is_left(both):
+    assert [r["left"] for r in both] == [[], []]
 
 
 def test_reductions(both):

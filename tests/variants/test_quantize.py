@@ -285,6 +285,7 @@ def worker(rank: int, port: int, folder: Path) -> None:
         for step in range(4):
             loop.step(step, micro=2, wrapped=wrapped)
         torch.save(loop.state(), folder / f"{kind}{rank}.pt")
+    del wrapped                                           # it holds the process group
     distributed.cleanup()
 
 
