@@ -84,8 +84,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rescale", type=float, nargs=2, default=(1.0, 1.0), metavar=("LO", "HI"),
         help="short side uniform in [LO res, HI res] before the crop; open-LiteVAE: 1 2")
     add("--jpeg-oversampling", type=cli.amount, default=data.OVERSAMPLING,
-        help="decode training JPEGs at 1/2, 1/4 or 1/8 if the short side keeps X times its length before the "
-             "crop; 0: always in full")
+        help="decode training JPEGs at 1/2, 1/4 or 1/8 if the short side then has X times the length "
+             "that it is resized to; 0: always in full")
     add("--num-workers", type=cli.natural, default=data.default_workers(),
         help="loader processes of each training process; 4, or fewer on fewer cores")
     add("--listing-cache", action=switch, default=True,
@@ -207,7 +207,7 @@ def check_idle_flags(args: argparse.Namespace) -> None:
 
 def lr_factor(step: int, warmup: int, schedule: str, steps: int) -> float:
     """The learning rate of a step relative to --lr: linear warm-up, then constant or half a cosine to 0."""
-    # differs from the paper: it has no warm-up
+    # differs from the paper: it mentions no warm-up
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if schedule == "constant":
@@ -217,7 +217,7 @@ def lr_factor(step: int, warmup: int, schedule: str, steps: int) -> float:
 
 def ema_decay(step: int, decay: float) -> float:
     """The EMA decay of a step: small at first, so that the average forgets the random start."""
-    # differs from the paper: it does not mention an average
+    # differs from the paper: it mentions no average
     return min(decay, (1 + step) / (10 + step))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # first imported after init, its default arguments would hold the group
+import torch.distributed.nn  # before init, since its default arguments would hold the group
 from torch import Tensor
 from tqdm import tqdm
 

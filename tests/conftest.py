@@ -45,8 +45,8 @@ SMALL_DISCS = {
 def call(script: str, folder: Path, flags: str) -> None:
     """main() of train.py or eval.py in `folder`, on one thread: a busy machine then costs little.
 
-    train.py keeps its signal handlers until its process ends. This process goes on, and a child that it forks
-    would survive SIGTERM with them.
+    train.py leaves its signal handlers behind. Those from before are put back, since a child that is forked
+    later would survive SIGTERM otherwise.
     """
     threads = torch.get_num_threads()
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}

@@ -325,7 +325,7 @@ assert not [name for name in (path.read_text() for path in threads) if "gloo" in
 
 @pytest.mark.parametrize("flags", ["", "--plan"])
 def test_no_thread_outlives_a_run(tmp_path, flags):
-    """Nor plan: a thread of the process group that then wants the GIL aborts a process that is done."""
+    """After a run or a plan, no thread of the process group is left to abort the process at its exit."""
     (tmp_path / "threads.py").write_text(THREADS.format(root=str(ROOT)))
     process = launch(tmp_path, f"{tmp_path}/threads.py {FLAGS} --steps 2 --batch-size 2 {flags}", *TWO)
     said, _ = process.communicate(timeout=120)
